@@ -1,0 +1,78 @@
+//! The command line: clap definitions, and their resolution into the configurations that `cmd` works from. No command looks
+//! at a flag again.
+
+mod argv;
+mod bench;
+mod files;
+mod run;
+mod shared;
+
+use crate::cmd::Command;
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "rsinfer",
+    version,
+    about = "Runs language models from GGUF files",
+    long_about = "Runs language models from GGUF files, on the CPU.\n\nWherever a MODEL is asked for, `demo` is the small \
+                  model that comes with the program.",
+    after_help = "Examples:\n  \
+        rsinfer run demo -p \"Tell me a story.\"        an answer from the embedded model\n  \
+        rsinfer run model.gguf                        chat on the terminal\n  \
+        rsinfer inspect model.gguf                    what a file holds\n  \
+        rsinfer bench model.gguf -p 512 -n 128        how fast it runs here\n\n\
+        `rsinfer COMMAND --help` explains a command.",
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Sub,
+}
+
+#[derive(Subcommand)]
+enum Sub {
+    Run(run::RunArgs),
+    Logits(files::LogitsArgs),
+    Tokenize(files::TokenizeArgs),
+    Template(files::TemplateArgs),
+    Inspect(files::InspectArgs),
+    Perplexity(files::PerplexityArgs),
+    Bench(bench::BenchArgs),
+    Quantize(files::QuantizeArgs),
+}
+
+/// Reads the process's arguments. Help, version and usage errors end the process here, as clap does it.
+pub fn parse() -> Result<Command> {
+    let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
+    Ok(match cli.command {
+        Sub::Run(a) => Command::Run(a.resolve()?),
+        Sub::Logits(a) => Command::Logits(a.resolve()?),
+        Sub::Tokenize(a) => Command::Tokenize(a.resolve()?),
+        Sub::Template(a) => Command::Template(a.resolve()?),
+        Sub::Inspect(a) => Command::Inspect(a.resolve()?),
+        Sub::Perplexity(a) => Command::Perplexity(a.resolve()?),
+        Sub::Bench(a) => Command::Bench(a.resolve()?),
+        Sub::Quantize(a) => Command::Quantize(a.resolve()?),
+    })
+}
+
+/// A usage error in clap's form, with exit status 2.
+fn usage(command: &str, message: impl std::fmt::Display) -> ! {
+    let mut cli = Cli::command();
+    cli.build();
+    let sub = cli.find_subcommand_mut(command).expect("the names are those of the enum above");
+    sub.error(clap::error::ErrorKind::ValueValidation, message).exit()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn definitions_are_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,147 @@
+//! Arguments of `run`.
+
+use super::shared::{BatchArg, CacheArgs, LoadArgs, SamplingArgs};
+use crate::cmd::run::{ChatConfig, RunConfig};
+use crate::model::Source;
+use crate::text;
+use anyhow::{Result, bail};
+use clap::Args;
+use engine::{DType, GenerateOptions};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+/// Answer a prompt, or chat on the terminal
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    rsinfer run demo -p \"Tell me a story.\"\n  \
+    rsinfer run model.gguf \"Why is the sky blue?\" --temp 0 --verbose\n  \
+    rsinfer run model.gguf -p \"Summarise this:\" < report.txt\n  \
+    rsinfer run model.gguf --raw -p \"Once upon a time\" -n 100\n  \
+    rsinfer run model.gguf                    (chat; /? lists the commands, Ctrl-D leaves)\n\n\
+    Without a prompt and with standard input from a terminal it chats. Text on standard input is put before the prompt.\n\
+    The answer goes to stdout, everything else to stderr; a model's thinking is shown dimmed on a terminal.")]
+#[command(override_usage = "rsinfer run [OPTIONS] MODEL [PROMPT]")]
+pub struct RunArgs {
+    /// A GGUF file (any part of a split one) or `demo`; then, if you like, the prompt
+    #[arg(value_name = "MODEL [PROMPT]", required_unless_present = "model")]
+    words: Vec<String>,
+    /// MODEL, as llama.cpp's tools spell it
+    #[arg(short, long, value_name = "MODEL")]
+    model: Option<String>,
+    /// The prompt
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// A file with the prompt (a line break at its end is left out)
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
+    /// Read \n, \t, \xHH ... in -p and -sys as the characters they stand for
+    #[arg(short, long, overrides_with = "no_escape")]
+    escape: bool,
+    /// Leave backslashes as they are (the default)
+    #[arg(long)]
+    no_escape: bool,
+    /// Context size in tokens, 0 for what the model was trained for [default: that, but at most 4096]
+    #[arg(short, long, value_name = "N")]
+    ctx_size: Option<usize>,
+    /// At most this many new tokens (-1: until the model ends)
+    #[arg(short, long, alias = "predict", default_value_t = -1, allow_negative_numbers = true, value_name = "N")]
+    n_predict: i64,
+    #[command(flatten)]
+    batch: BatchArg,
+    #[command(flatten)]
+    load: LoadArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
+    /// Go on when the model wants to end
+    #[arg(long)]
+    ignore_eos: bool,
+    /// End the answer before this text (repeatable)
+    #[arg(long, short = 'r', alias = "reverse-prompt", value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// No chat template: continue the prompt as it is
+    #[arg(long, conflicts_with_all = ["system_prompt", "system_prompt_file", "chat_template_file", "kwargs", "think", "no_think"])]
+    raw: bool,
+    /// The system prompt (-sys)
+    #[arg(long, alias = "system", value_name = "TEXT", allow_hyphen_values = true)]
+    system_prompt: Option<String>,
+    /// A file with the system prompt (-sysf)
+    #[arg(long, value_name = "FILE", conflicts_with = "system_prompt")]
+    system_prompt_file: Option<PathBuf>,
+    /// A Jinja chat template in place of the model's own
+    #[arg(long, value_name = "FILE")]
+    chat_template_file: Option<PathBuf>,
+    /// More variables for the chat template, a JSON object
+    #[arg(long, alias = "chat-template-kwargs", value_name = "JSON")]
+    kwargs: Option<String>,
+    /// Ask the chat template for thinking
+    #[arg(long, conflicts_with = "no_think")]
+    think: bool,
+    /// Ask the chat template for no thinking
+    #[arg(long, alias = "nothink")]
+    no_think: bool,
+    /// Do not show the thinking
+    #[arg(long, alias = "hide-thinking")]
+    hidethinking: bool,
+    /// Show control tokens in the answer
+    #[arg(long)]
+    special: bool,
+    /// Show timings and what was chosen
+    #[arg(short, long)]
+    verbose: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+impl RunArgs {
+    pub fn resolve(self) -> Result<RunConfig> {
+        let mut words = self.words.into_iter();
+        let name = self.model.or_else(|| words.next()).expect("clap asks for one of the two");
+        let words: Vec<String> = words.collect();
+        let escaped = |s: String| if self.escape { text::unescape(&s) } else { s };
+        let mut parts = Vec::new();
+        if !std::io::stdin().is_terminal() {
+            parts.push(text::read_stdin()?);
+        }
+        parts.extend(self.prompt.map(escaped));
+        if let Some(path) = &self.file {
+            parts.push(text::read_prompt_file(path)?);
+        }
+        parts.push(words.join(" "));
+        parts.retain(|p| !p.is_empty());
+        let prompt = (!parts.is_empty()).then(|| parts.join(" "));
+        if prompt.is_none() && !std::io::stdin().is_terminal() && !self.raw {
+            bail!("there is no prompt: give one with -p, or text on standard input");
+        }
+        let kwargs = match self.kwargs.as_deref().map(serde_json::from_str::<serde_json::Value>) {
+            None => serde_json::Map::new(),
+            Some(Ok(serde_json::Value::Object(map))) => map,
+            Some(_) => super::usage("run", "--kwargs is not a JSON object"),
+        };
+        let system = match &self.system_prompt_file {
+            Some(path) => Some(text::read_prompt_file(path)?),
+            None => self.system_prompt.map(escaped),
+        };
+        Ok(RunConfig {
+            load: self.load.resolve(Source::parse(&name)),
+            session: self.cache.session(self.ctx_size, self.batch.get(), DType::F16),
+            sampler: self.sampling.resolve(),
+            generate: GenerateOptions {
+                max_tokens: self.n_predict.try_into().ok(),
+                stop: self.stop,
+                ignore_eos: self.ignore_eos,
+                special: self.special,
+                show: Vec::new(),
+            },
+            prompt,
+            raw: self.raw,
+            chat: ChatConfig {
+                system,
+                template: self.chat_template_file.map(|p| text::read_file(&p)).transpose()?,
+                kwargs,
+                think: if self.think { Some(true) } else { self.no_think.then_some(false) },
+            },
+            hide_thinking: self.hidethinking,
+            verbose: self.verbose,
+        })
+    }
+}

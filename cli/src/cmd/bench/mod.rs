@@ -1,0 +1,257 @@
+//! `bench`: llama-bench's tests and columns. ppN: N random tokens through an empty cache; tgN: N tokens one by one; ppN+tgM:
+//! both in one; `@ dN`: with N tokens in the cache already. A warm-up run, then the repetitions.
+
+mod report;
+
+use crate::model::{LoadConfig, SessionConfig, Source};
+use crate::output;
+use anyhow::Result;
+use engine::gguf::Summary;
+use engine::{CacheTypes, DType, Model, Session};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// What to measure.
+pub struct Config {
+    pub setups: Vec<Setup>,
+    pub tests: Vec<Test>,
+    pub repetitions: usize,
+    pub delay: Duration,
+    pub format: Format,
+    pub verbose: bool,
+}
+
+/// How results are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// A Markdown table
+    Md,
+    /// A JSON array
+    Json,
+    /// One JSON object a line
+    Jsonl,
+    /// Comma-separated values
+    Csv,
+}
+
+/// A model and how it is run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Setup {
+    pub source: Source,
+    pub mmap: bool,
+    pub threads: usize,
+    pub batch: usize,
+    pub cache_k: DType,
+    pub cache_v: DType,
+}
+
+/// One test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Test {
+    pub prompt: usize,
+    pub generated: usize,
+    pub depth: usize,
+}
+
+impl Test {
+    fn name(&self) -> String {
+        let base = match (self.prompt, self.generated) {
+            (p, 0) => format!("pp{p}"),
+            (0, g) => format!("tg{g}"),
+            (p, g) => format!("pp{p}+tg{g}"),
+        };
+        if self.depth > 0 { format!("{base} @ d{}", self.depth) } else { base }
+    }
+}
+
+/// What is printed of a model.
+struct Info {
+    label: String,
+    size: u64,
+    params: u64,
+    device: String,
+    /// The device's first word.
+    backend: String,
+}
+
+/// A test's result.
+struct Outcome {
+    setup: Setup,
+    test: Test,
+    info: Arc<Info>,
+    /// Of each repetition.
+    seconds: Vec<f64>,
+    /// When the test began.
+    time: String,
+    /// Weights and, on average, cache that one generated token reads.
+    token_bytes: f64,
+    /// Bytes per second that the machine reads with as many threads.
+    bandwidth: f64,
+}
+
+impl Outcome {
+    fn rates(&self) -> Vec<f64> {
+        let n = (self.test.prompt + self.test.generated) as f64;
+        self.seconds.iter().map(|s| n / s).collect()
+    }
+
+    /// Bytes read per second; of generation only, where every token reads all its weights.
+    fn read_rate(&self) -> Option<f64> {
+        (self.test.prompt == 0).then(|| report::mean(&self.rates()).0 * self.token_bytes)
+    }
+}
+
+pub fn run(c: &Config) -> Result<()> {
+    let mut report = report::Report::new(c.format, &c.setups);
+    let mut bandwidths = HashMap::new();
+    let mut loaded: Option<(Setup, Arc<Model>)> = None;
+    for setup in &c.setups {
+        let reuse =
+            |s: &Setup| s.source == setup.source && s.mmap == setup.mmap && s.threads == setup.threads;
+        let model = match loaded.take() {
+            Some((s, model)) if reuse(&s) => model,
+            _ => {
+                LoadConfig { source: setup.source.clone(), mmap: setup.mmap, threads: setup.threads }
+                    .load()?
+                    .0
+            }
+        };
+        loaded = Some((setup.clone(), model.clone()));
+        let bandwidth =
+            *bandwidths.entry(setup.threads).or_insert_with(|| engine::read_bandwidth(setup.threads));
+        if c.verbose {
+            eprintln!("memory bandwidth with {} threads: {:.2} GB/s", setup.threads, bandwidth / 1e9);
+        }
+        let info = Arc::new(describe(&model)?);
+        for &test in &c.tests {
+            std::thread::sleep(c.delay);
+            let (seconds, time) = (measure(c, setup, &model, test)?, now());
+            let depth = test.depth + test.generated / 2;
+            let cache = model.cache_bytes(CacheTypes { k: setup.cache_k, v: setup.cache_v }, depth.max(1))?;
+            let token_bytes = model.info().read_bytes_per_token as f64 + cache as f64;
+            let info = info.clone();
+            let outcome = Outcome { setup: setup.clone(), test, info, seconds, time, token_bytes, bandwidth };
+            output::print(&report.add(&outcome))?;
+        }
+    }
+    Ok(output::print(report.finish())?)
+}
+
+fn describe(model: &Model) -> Result<Info> {
+    let (i, s) = (model.info(), Summary::of(model.file())?);
+    let kind = s.file_type.and_then(|t| t.1).or(s.by_type.first().map(|t| t.dtype.name())).unwrap_or("?");
+    Ok(Info {
+        label: output::one_line(&format!("{} {} {kind}", i.arch, s.size_label)),
+        size: i.tensor_bytes,
+        params: i.n_params,
+        device: i.device.clone(),
+        backend: i.device.split([' ', '(']).next().unwrap_or_default().into(),
+    })
+}
+
+/// Seconds of each repetition.
+fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<Vec<f64>> {
+    let ctx = test.depth + test.prompt + test.generated;
+    let config =
+        SessionConfig { ctx: Some(ctx), batch: setup.batch, cache_k: setup.cache_k, cache_v: setup.cache_v };
+    let mut session = config.open(model, ctx)?;
+    let mut ids = Ids::new(model);
+    // Warm-up: pages of the mapped file are read, threads are awake, clocks are up.
+    if test.prompt > 0 {
+        session.eval(&ids.take(test.prompt.min(setup.batch)))?;
+    }
+    if test.generated > 0 {
+        session.truncate(0);
+        session.eval(&ids.take(1))?;
+    }
+    let mut seconds = Vec::new();
+    for r in 0..c.repetitions {
+        if c.verbose {
+            eprintln!("{} {}: repetition {} of {}", setup.source.name(), test.name(), r + 1, c.repetitions);
+        }
+        // The tokens at depth are the same every time: they are computed once.
+        if test.depth > 0 && r == 0 {
+            session.truncate(0);
+            session.eval(&ids.take(test.depth))?;
+        }
+        session.truncate(test.depth);
+        seconds.push(once(&mut session, &mut ids, test)?);
+    }
+    Ok(seconds)
+}
+
+fn once(session: &mut Session, ids: &mut Ids, test: Test) -> Result<f64> {
+    let prompt = ids.take(test.prompt);
+    let start = Instant::now();
+    if test.prompt > 0 {
+        session.eval(&prompt)?;
+    }
+    for _ in 0..test.generated {
+        let token = ids.next();
+        session.eval(&[token])?;
+    }
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// Pseudo-random token ids, the same in every run (a multiplicative generator; quality is no matter here).
+struct Ids {
+    state: u64,
+    n_vocab: u64,
+}
+
+impl Ids {
+    fn new(model: &Model) -> Self {
+        Self { state: 1, n_vocab: model.info().n_vocab as u64 }
+    }
+
+    fn next(&mut self) -> u32 {
+        self.state =
+            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.state >> 33) % self.n_vocab) as u32
+    }
+
+    fn take(&mut self, n: usize) -> Vec<u32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+}
+
+/// Now, as `2026-01-31T12:00:00Z`.
+fn now() -> String {
+    let s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let (days, rest) = (s / 86_400, s % 86_400);
+    let (y, m, d) = civil(days as i64);
+    format!("{y:04}-{m:02}-{d:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+/// Days since 1970-01-01 to a date, by the 400-year cycle of the Gregorian calendar counted from 0000-03-01.
+fn civil(days: i64) -> (i64, i64, i64) {
+    let days = days + 719_468;
+    let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (d, m) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    (era * 400 + year + i64::from(m <= 2), m, d)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(civil(0), (1970, 1, 1));
+        assert_eq!(civil(11_016), (2000, 2, 29));
+        assert_eq!(civil(20_483), (2026, 1, 30));
+        assert_eq!(now().len(), 20);
+    }
+
+    #[test]
+    fn names() {
+        let test = |prompt, generated, depth| Test { prompt, generated, depth }.name();
+        assert_eq!(test(512, 0, 0), "pp512");
+        assert_eq!(test(0, 128, 4096), "tg128 @ d4096");
+        assert_eq!(test(512, 128, 0), "pp512+tg128");
+    }
+}

@@ -1,0 +1,37 @@
+//! The commands: each takes a resolved configuration and does its work through the engine's public API.
+
+pub mod bench;
+pub mod inspect;
+mod kld;
+pub mod logits;
+pub mod perplexity;
+pub mod quantize;
+pub mod run;
+pub mod template;
+pub mod tokenize;
+
+/// What the command line asked for.
+pub enum Command {
+    Run(run::RunConfig),
+    Logits(logits::Config),
+    Tokenize(tokenize::Config),
+    Template(template::Config),
+    Inspect(inspect::Config),
+    Perplexity(perplexity::Config),
+    Bench(bench::Config),
+    Quantize(quantize::Config),
+}
+
+/// Does it.
+pub fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(c) => run::run(c),
+        Command::Logits(c) => logits::run(&c),
+        Command::Tokenize(c) => tokenize::run(&c),
+        Command::Template(c) => template::run(&c),
+        Command::Inspect(c) => inspect::run(&c),
+        Command::Perplexity(c) => perplexity::run(&c),
+        Command::Bench(c) => bench::run(&c),
+        Command::Quantize(c) => quantize::run(&c),
+    }
+}

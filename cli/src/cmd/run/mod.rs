@@ -1,0 +1,91 @@
+//! `run`: an answer to one prompt, or a conversation on the terminal.
+
+mod conversation;
+mod display;
+mod repl;
+mod settings;
+
+use crate::model::{LoadConfig, SessionConfig};
+use crate::output;
+use anyhow::Result;
+use conversation::Conversation;
+use engine::{FinishReason, GenerateOptions, Generated, SamplerOptions};
+use serde_json::{Map, Value};
+use std::time::Duration;
+
+/// What to run and how.
+#[derive(Clone)]
+pub struct RunConfig {
+    pub load: LoadConfig,
+    pub session: SessionConfig,
+    pub sampler: SamplerOptions,
+    pub generate: GenerateOptions,
+    /// `None`: a conversation on the terminal (with `raw` and no terminal: the empty text).
+    pub prompt: Option<String>,
+    /// No chat template.
+    pub raw: bool,
+    pub chat: ChatConfig,
+    pub hide_thinking: bool,
+    pub verbose: bool,
+}
+
+/// How a conversation is rendered.
+#[derive(Clone, Default)]
+pub struct ChatConfig {
+    pub system: Option<String>,
+    /// Jinja source in place of the model's own template.
+    pub template: Option<String>,
+    pub kwargs: Map<String, Value>,
+    /// Ask the template for thinking, or for none; `None` leaves it to the template.
+    pub think: Option<bool>,
+}
+
+pub fn run(c: RunConfig) -> Result<()> {
+    let interactive = c.prompt.is_none() && std::io::IsTerminal::is_terminal(&std::io::stdin());
+    let mut conversation = Conversation::open(c)?;
+    if interactive {
+        return repl::run(conversation);
+    }
+    let prompt = conversation.config.prompt.clone().unwrap_or_default();
+    let done = conversation.say(&prompt, || false)?;
+    conversation.explain(&done);
+    Ok(())
+}
+
+/// What the user should know about the end of an answer, in one line; `None` if it ended as it should.
+fn ending(reason: &FinishReason, ctx: usize, ctx_train: usize) -> Option<String> {
+    let more = |n: usize| {
+        if n < ctx_train { format!("; a larger one: -c {}", (2 * n).min(ctx_train)) } else { String::new() }
+    };
+    match reason {
+        FinishReason::ContextFull => {
+            Some(format!("the context of {ctx} tokens is full, the answer is cut off{}", more(ctx)))
+        }
+        _ => None,
+    }
+}
+
+/// Ollama's lines of `--verbose`, with bytes read per second added.
+fn timings(g: &Generated, load: Duration, read_bytes: f64) -> String {
+    let computed = g.prompt_tokens - g.cached_tokens;
+    let rate = |n: usize, t: Duration| n as f64 / t.as_secs_f64().max(1e-9);
+    let total = load + g.prompt_time + g.decode_time;
+    let cached = if g.cached_tokens > 0 { format!(", {} cached", g.cached_tokens) } else { String::new() };
+    // The first new token comes from the prompt's logits: its pass is part of the prompt's time.
+    let passes = g.new_tokens.saturating_sub(1);
+    let decode = rate(passes, g.decode_time);
+    let mut lines = vec![
+        ("total duration:", output::duration(total)),
+        ("load duration:", output::duration(load)),
+        ("prompt eval count:", format!("{computed} token(s){cached}")),
+        ("prompt eval duration:", output::duration(g.prompt_time)),
+        ("prompt eval rate:", format!("{:.2} tokens/s", rate(computed, g.prompt_time))),
+        ("eval count:", format!("{} token(s)", g.new_tokens)),
+        ("eval duration:", output::duration(g.decode_time)),
+        ("eval rate:", format!("{:.2} tokens/s", rate(g.new_tokens, g.decode_time))),
+    ];
+    if passes > 0 {
+        lines.push(("read rate:", format!("{:.2} GB/s of weights and cache", decode * read_bytes / 1e9)));
+    }
+    lines.iter().map(|(name, value)| format!("{name:<22}{value}\n")).collect()
+}

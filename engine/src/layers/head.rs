@@ -1,0 +1,65 @@
+//! The output head: final norm and the product with the output matrix, for the rows whose logits are wanted.
+
+use crate::EngineError;
+use crate::weights::Loader;
+use kernels::{Buf, Device, Vector, View, Weight, Write};
+
+/// Rows whose logits are computed at once: bounds the memory that logits take.
+pub const HEAD_ROWS: usize = 16;
+
+/// Final norm and output matrix (tied to the embedding where the file has no `output.weight`).
+pub struct Head {
+    norm: Vector,
+    weight: Weight,
+    eps: f32,
+}
+
+/// Buffers of the head.
+pub struct HeadBufs {
+    /// `[HEAD_ROWS, d]`.
+    rows: Buf,
+    /// `[HEAD_ROWS, vocab]`.
+    logits: Buf,
+}
+
+impl Head {
+    /// Takes `output_norm.weight` and `output.weight` or the embedding `[vocab, d]`.
+    pub fn load(w: &Loader<'_>, embed: &Weight, eps: f32) -> Result<Self, EngineError> {
+        let (vocab, d) = (embed.rows(), embed.cols());
+        let tied = !w.has("output.weight");
+        let weight = if tied { embed.clone() } else { w.matrix("output.weight", vocab, d)? };
+        Ok(Self { norm: w.vector("output_norm.weight", d)?, weight, eps })
+    }
+
+    /// Entries of the vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.weight.rows()
+    }
+
+    /// The buffers for batches of up to `tokens` rows.
+    pub fn bufs(&self, dev: &Device, tokens: usize) -> Result<HeadBufs, EngineError> {
+        let n = HEAD_ROWS.min(tokens);
+        Ok(HeadBufs { rows: dev.alloc(n, self.weight.cols())?, logits: dev.alloc(n, self.n_vocab())? })
+    }
+
+    /// Logits `[rows.len(), vocab]` of the given rows of the residual stream x `[n, d]`, appended to `out`.
+    pub fn logits(
+        &self,
+        dev: &Device,
+        x: View<'_>,
+        rows: &[u32],
+        b: &mut HeadBufs,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        for rows in rows.chunks(b.rows.rows()) {
+            let n = rows.len();
+            dev.gather(x, rows, b.rows.view_mut(n))?;
+            dev.rms_norm_heads(b.rows.view_mut(n), &self.norm, self.eps)?;
+            dev.linear(&self.weight, b.rows.view(n), b.logits.view_mut(n), Write::Set)?;
+            let at = out.len();
+            out.resize(at + n * self.n_vocab(), 0.0);
+            dev.read(b.logits.view(n), &mut out[at..])?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): the cache holds, per token, the normalised
+//! latent and one rotated key shared by all heads; keys and values of heads are never stored.
+
+use crate::EngineError;
+use crate::kv::{Cache, LayerSpec, SecondKind};
+use crate::weights::Loader;
+use kernels::{Buf, Device, Mla as MlaOp, MlaUp, RopeHeads, RopeStyle, Vector, View, ViewMut, Weight, Write};
+
+/// The attention geometry of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Model width.
+    pub d: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Width of the compressed query; `None`: queries straight from the hidden state (V2-Lite).
+    pub q_lora: Option<usize>,
+    /// Width of the latent (kv_lora_rank).
+    pub latent: usize,
+    /// Key dimensions of a head without rotation.
+    pub nope: usize,
+    /// Rotary dimensions.
+    pub rope: usize,
+    /// Value dimensions of a head.
+    pub value: usize,
+    /// Factor on the scores, YaRN's included.
+    pub scale: f32,
+    /// Epsilon of the norms.
+    pub eps: f32,
+}
+
+impl Shape {
+    /// The cache a layer needs.
+    pub fn cache(&self) -> LayerSpec {
+        LayerSpec {
+            first: self.latent,
+            second: self.rope,
+            second_kind: SecondKind::SharedRotaryKey,
+            window: None,
+        }
+    }
+}
+
+enum Query {
+    Direct(Weight),
+    Compressed { a: Weight, norm: Vector, b: Weight },
+}
+
+enum Up {
+    Split { k_b: Weight, v_b: Weight },
+    Joint { kv_b: Weight },
+}
+
+/// Weights of one layer.
+pub struct Mla {
+    q: Query,
+    kv_a: Weight,
+    kv_norm: Vector,
+    up: Up,
+    o: Weight,
+}
+
+/// Buffers, reused by all layers.
+pub struct MlaBufs {
+    /// `[n, q_lora]`, before and after its norm.
+    qa: Option<(Buf, Buf)>,
+    /// `[n, heads * (nope + rope)]`.
+    q: Buf,
+    /// `[n, latent + rope]`: the latent and the shared key as projected.
+    kv: Buf,
+    /// `[n, latent]`: the latent, normalised.
+    c: Buf,
+    /// `[n, heads * value]`.
+    o: Buf,
+}
+
+impl MlaBufs {
+    /// Buffers for `n` rows.
+    pub fn new(dev: &Device, s: &Shape, n: usize) -> Result<Self, EngineError> {
+        let qa = match s.q_lora {
+            Some(r) => Some((dev.alloc(n, r)?, dev.alloc(n, r)?)),
+            None => None,
+        };
+        Ok(Self {
+            qa,
+            q: dev.alloc(n, s.heads * (s.nope + s.rope))?,
+            kv: dev.alloc(n, s.latent + s.rope)?,
+            c: dev.alloc(n, s.latent)?,
+            o: dev.alloc(n, s.heads * s.value)?,
+        })
+    }
+}
+
+impl Mla {
+    /// Takes the tensors of layer `prefix`: `attn_k_b` and `attn_v_b`, or the older files' `attn_kv_b`.
+    pub fn load(w: &Loader<'_>, prefix: &str, s: &Shape) -> Result<Self, EngineError> {
+        let name = |n: &str| format!("{prefix}{n}.weight");
+        let head = s.nope + s.rope;
+        let q = match s.q_lora {
+            None => Query::Direct(w.matrix(&name("attn_q"), s.heads * head, s.d)?),
+            Some(r) => Query::Compressed {
+                a: w.matrix(&name("attn_q_a"), r, s.d)?,
+                norm: w.vector(&name("attn_q_a_norm"), r)?,
+                b: w.matrix(&name("attn_q_b"), s.heads * head, r)?,
+            },
+        };
+        let up = if w.has(&name("attn_k_b")) {
+            // Some files carry both forms; the split one needs no transposed product.
+            w.ignore(&name("attn_kv_b"));
+            Up::Split {
+                k_b: w.stack(&name("attn_k_b"), s.heads, s.latent, s.nope)?,
+                v_b: w.stack(&name("attn_v_b"), s.heads, s.value, s.latent)?,
+            }
+        } else {
+            Up::Joint { kv_b: w.matrix(&name("attn_kv_b"), s.heads * (s.nope + s.value), s.latent)? }
+        };
+        Ok(Self {
+            q,
+            kv_a: w.matrix(&name("attn_kv_a_mqa"), s.latent + s.rope, s.d)?,
+            kv_norm: w.vector(&name("attn_kv_a_norm"), s.latent)?,
+            up,
+            o: w.matrix(&name("attn_output"), s.d, s.heads * s.value)?,
+        })
+    }
+
+    /// `out += W_o attention(h)`; h `[n, d]` is normed, `cos_sin` `[n, rope]`.
+    pub fn forward(
+        &self,
+        dev: &Device,
+        s: &Shape,
+        b: &mut MlaBufs,
+        h: View<'_>,
+        cos_sin: View<'_>,
+        cache: &mut Cache,
+        layer: usize,
+        out: ViewMut<'_>,
+    ) -> Result<(), EngineError> {
+        let n = h.rows();
+        match (&self.q, &mut b.qa) {
+            (Query::Compressed { a, norm, b: q_b }, Some((qa, qn))) => {
+                // One pass over h for both compressions.
+                dev.matmul(h, &mut [set(a, qa.view_mut(n)), set(&self.kv_a, b.kv.view_mut(n))])?;
+                dev.rms_norm(qa.view(n), norm, s.eps, qn.view_mut(n))?;
+                dev.matmul(qn.view(n), &mut [set(q_b, b.q.view_mut(n))])?;
+            }
+            (Query::Direct(q), _) => {
+                dev.matmul(h, &mut [set(q, b.q.view_mut(n)), set(&self.kv_a, b.kv.view_mut(n))])?;
+            }
+            (Query::Compressed { .. }, None) => unreachable!("buffers are made from the same shape"),
+        }
+        dev.rms_norm(b.kv.part(n, 0..s.latent), &self.kv_norm, s.eps, b.c.view_mut(n))?;
+        let q_heads =
+            RopeHeads { head_dim: s.nope + s.rope, offset: s.nope, dims: s.rope, style: RopeStyle::Adjacent };
+        dev.rope(b.q.view_mut(n), q_heads, cos_sin)?;
+        let k_pe = s.latent..s.latent + s.rope;
+        let k_head = RopeHeads { head_dim: s.rope, offset: 0, dims: s.rope, style: RopeStyle::Adjacent };
+        dev.rope(b.kv.part_mut(n, k_pe.clone()), k_head, cos_sin)?;
+        let (kv, visible) = cache.append(dev, layer, b.c.view(n), b.kv.part(n, k_pe))?;
+        let op = MlaOp {
+            heads: s.heads,
+            nope: s.nope,
+            rope: s.rope,
+            value: s.value,
+            scale: s.scale,
+            q: b.q.view(n),
+            q_sink: None,
+            latent: &kv.first,
+            k_pe: &kv.second,
+            up: match &self.up {
+                Up::Split { k_b, v_b } => MlaUp::Split { k_b, v_b },
+                Up::Joint { kv_b } => MlaUp::Joint { kv_b },
+            },
+            visible,
+        };
+        dev.mla(op, b.o.view_mut(n))?;
+        dev.linear(&self.o, b.o.view(n), out, Write::Add)?;
+        Ok(())
+    }
+}
+
+fn set<'a>(weight: &'a Weight, out: ViewMut<'a>) -> kernels::Product<'a> {
+    kernels::Product { weight, bias: None, out, write: Write::Set }
+}

@@ -1,0 +1,111 @@
+//! Mixture of experts: router, routed experts and shared experts (DeepSeekMoE, arXiv:2401.06066; DeepSeek-V3,
+//! arXiv:2412.19437, section 2.1.2).
+
+use super::ffn::Dense;
+use crate::EngineError;
+use crate::weights::Loader;
+use kernels::{
+    Activation, Device, Ffn, Gating, Groups, Router, Routes, Vector, View, ViewMut, Weight, Write,
+};
+
+/// The routing rules of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Routing {
+    /// Routed experts.
+    pub experts: usize,
+    /// Routed experts per token.
+    pub used: usize,
+    /// Hidden features of one expert.
+    pub hidden: usize,
+    /// Shared experts, always used; one layer of `shared * hidden` features in the file.
+    pub shared: usize,
+    /// Scores to probabilities.
+    pub gating: Gating,
+    /// Group limits.
+    pub groups: Option<Groups>,
+    /// Whether chosen weights are divided by their sum.
+    pub normalize: bool,
+    /// Factor on the weights.
+    pub scale: f32,
+}
+
+/// Weights of one mixture-of-experts layer.
+pub struct Moe {
+    rules: Routing,
+    router: Weight,
+    correction: Option<Vector>,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    shared: Option<Dense>,
+}
+
+impl Moe {
+    /// Takes the tensors of layer `prefix` (`blk.3.`).
+    pub fn load(w: &Loader<'_>, prefix: &str, d: usize, rules: Routing) -> Result<Self, EngineError> {
+        let (e, f) = (rules.experts, rules.hidden);
+        let shared = match rules.shared {
+            0 => None,
+            n => Some(Dense::load(w, prefix, "_shexp", d, n * f, Activation::Silu)?),
+        };
+        Ok(Self {
+            rules,
+            router: w.matrix(&format!("{prefix}ffn_gate_inp.weight"), e, d)?,
+            correction: w.opt_vector(&format!("{prefix}exp_probs_b.bias"), e)?,
+            gate: w.stack(&format!("{prefix}ffn_gate_exps.weight"), e, f, d)?,
+            up: w.stack(&format!("{prefix}ffn_up_exps.weight"), e, f, d)?,
+            down: w.stack(&format!("{prefix}ffn_down_exps.weight"), e, d, f)?,
+            shared,
+        })
+    }
+
+    /// `out (=|+=)` the weighted experts' and the shared experts' outputs for h `[n, d]`.
+    pub fn forward(
+        &self,
+        dev: &Device,
+        h: View<'_>,
+        routes: &mut Routes,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), EngineError> {
+        let r = &self.rules;
+        let router = Router {
+            weight: &self.router,
+            gating: r.gating,
+            correction: self.correction.as_ref(),
+            groups: r.groups,
+            used: r.used,
+            normalize: r.normalize,
+            scale: r.scale,
+        };
+        dev.route(router, h, routes)?;
+        let experts = Ffn { gate: &self.gate, up: &self.up, down: &self.down, act: Activation::Silu };
+        dev.moe(experts, routes, self.shared.as_ref().map(Dense::op), h, out, write)?;
+        Ok(())
+    }
+}
+
+/// A layer's feed-forward part.
+pub enum FeedForward {
+    /// One gated layer.
+    Dense(Box<Dense>),
+    /// Routed experts.
+    Moe(Box<Moe>),
+}
+
+impl FeedForward {
+    /// `out (=|+=) ffn(h)`.
+    pub fn forward(
+        &self,
+        dev: &Device,
+        h: View<'_>,
+        routes: &mut Routes,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), EngineError> {
+        match self {
+            Self::Dense(f) => Ok(dev.ffn(f.op(), h, out, write)?),
+            Self::Moe(m) => m.forward(dev, h, routes, out, write),
+        }
+    }
+}

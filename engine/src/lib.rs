@@ -1,0 +1,23 @@
+//! The engine: GGUF files, model architectures, KV cache, text, sampling, sessions.
+//!
+//! Knows nothing of instruction sets or CUDA (that is `kernels`), of HTTP or flags (that is `cli`).
+#![deny(unsafe_code)]
+
+mod config;
+mod error;
+pub mod gguf;
+mod kv;
+mod layers;
+mod model;
+pub mod quantize;
+pub mod sample;
+mod session;
+pub mod text;
+mod weights;
+
+pub use error::EngineError;
+pub use kernels::cpu::machine::read_bandwidth;
+pub use kv::CacheTypes;
+pub use quant::DType;
+pub use sample::{SampleError, Sampler, SamplerOptions};
+pub use session::*;

@@ -1,0 +1,215 @@
+//! DeepSeek-V2, V2-Lite, V3, R1, V3.1 and models of their shape (Kimi-K2): multi-head latent attention and a mixture of
+//! experts after some dense layers (arXiv:2405.04434, arXiv:2412.19437).
+
+use super::{Dims, Network, Runner};
+use crate::EngineError;
+use crate::config::Hyper;
+use crate::kv::{Cache, LayerSpec};
+use crate::layers::ffn::Dense;
+use crate::layers::head::{Head, HeadBufs};
+use crate::layers::mla::{Mla, MlaBufs, Shape};
+use crate::layers::moe::{FeedForward, Moe, Routing};
+use crate::layers::rope::{Rope, Scaling, yarn_mscale};
+use crate::weights::Loader;
+use kernels::{Activation, Buf, Device, Gating, GroupScore, Groups, Limits, Routes, Vector, Weight, Write};
+use std::sync::Arc;
+
+struct Layer {
+    attn_norm: Vector,
+    attn: Mla,
+    ffn_norm: Vector,
+    ffn: FeedForward,
+}
+
+/// Weights and configuration.
+pub struct DeepSeek2 {
+    dev: Device,
+    attn: Shape,
+    /// Widest hidden layer one token uses.
+    hidden: usize,
+    rope: Rope,
+    embed: Weight,
+    layers: Vec<Layer>,
+    head: Head,
+}
+
+impl DeepSeek2 {
+    /// Reads configuration and weights.
+    pub fn load(h: &Hyper<'_>, w: &Loader<'_>, dev: &Device) -> Result<Self, EngineError> {
+        let d = h.need("embedding_length")?;
+        let n_layers = h.need("block_count")?;
+        let dense_layers = h.opt("leading_dense_block_count")?.unwrap_or(0);
+        let dense_hidden = h.need_uniform("feed_forward_length")?;
+        let (attn, rope) = Self::attention(h, d)?;
+        let routing = if dense_layers < n_layers { Some(Self::routing(h)?) } else { None };
+        let embed = w.matrix("token_embd.weight", w.rows("token_embd.weight")?, d)?;
+        let mut layers = Vec::new();
+        for i in 0..n_layers {
+            let p = format!("blk.{i}.");
+            layers.push(Layer {
+                attn_norm: w.vector(&format!("{p}attn_norm.weight"), d)?,
+                attn: Mla::load(w, &p, &attn)?,
+                ffn_norm: w.vector(&format!("{p}ffn_norm.weight"), d)?,
+                ffn: match &routing {
+                    Some(r) if i >= dense_layers => FeedForward::Moe(Box::new(Moe::load(w, &p, d, *r)?)),
+                    _ => FeedForward::Dense(Box::new(Dense::load(
+                        w,
+                        &p,
+                        "",
+                        d,
+                        dense_hidden,
+                        Activation::Silu,
+                    )?)),
+                },
+            });
+        }
+        let head = Head::load(w, &embed, attn.eps)?;
+        let moe_hidden = routing.map_or(0, |r| r.hidden * (r.used + r.shared));
+        Ok(Self { dev: dev.clone(), attn, hidden: dense_hidden.max(moe_hidden), rope, embed, layers, head })
+    }
+
+    /// Head dimensions and the rotary embedding with YaRN's two conventions.
+    fn attention(h: &Hyper<'_>, d: usize) -> Result<(Shape, Rope), EngineError> {
+        let heads = h.need_uniform("attention.head_count")?;
+        let latent = h.need("attention.kv_lora_rank")?;
+        let rope_dims = h.need("rope.dimension_count")?;
+        // Older files give the heads' own lengths; newer ones those of the absorbed form, and the heads' under *_mla.
+        let (key, value) = (h.need("attention.key_length")?, h.need("attention.value_length")?);
+        let key = h.opt("attention.key_length_mla")?.unwrap_or(key);
+        let value = h.opt("attention.value_length_mla")?.unwrap_or(value);
+        h.opt("attention.head_count_kv")?;
+        if key <= rope_dims {
+            return Err(h.bad(
+                "attention.key_length",
+                &key.to_string(),
+                "it must exceed the rotary dimensions",
+            ));
+        }
+        let mut scale = 1.0 / (key as f64).sqrt();
+        let mut rope = h.rope(rope_dims, None)?;
+        let log_multiplier = h.opt_f32("rope.scaling.yarn_log_multiplier")?.unwrap_or(0.0);
+        if let Scaling::Yarn { factor, .. } = h.rope_scaling()?
+            && log_multiplier != 0.0
+        {
+            // The multiplier is 0.1 mscale_all_dim. With it, the whole correction sits in the softmax scale, squared
+            // (queries and keys), and cos and sin carry none. Without it, cos and sin carry 1 + 0.1 ln factor.
+            scale *= yarn_mscale(factor, f64::from(log_multiplier) / 0.1).powi(2);
+            rope = rope.with_magnitude(1.0);
+        }
+        let shape = Shape {
+            d,
+            heads,
+            // Decided by the key: some readers guess it from the number of layers.
+            q_lora: h.opt("attention.q_lora_rank")?.filter(|r| *r > 0),
+            latent,
+            nope: key - rope_dims,
+            rope: rope_dims,
+            value,
+            scale: scale as f32,
+            eps: h.need_f32("attention.layer_norm_rms_epsilon")?,
+        };
+        Ok((shape, rope))
+    }
+
+    fn routing(h: &Hyper<'_>) -> Result<Routing, EngineError> {
+        // Files of V2's time have no gating key.
+        let gating = match h.opt("expert_gating_func")? {
+            None | Some(0 | 1) => Gating::Softmax,
+            Some(2) => Gating::Sigmoid,
+            Some(f) => {
+                return Err(h.bad(
+                    "expert_gating_func",
+                    &f.to_string(),
+                    "softmax (1) and sigmoid (2) are implemented",
+                ));
+            }
+        };
+        let experts = h.need("expert_count")?;
+        let used = h.need("expert_used_count")?;
+        let count = h.opt("expert_group_count")?.unwrap_or(1).max(1);
+        let groups_used = h.opt("expert_group_used_count")?.unwrap_or(count).max(1);
+        if experts % count != 0 || groups_used > count || used > groups_used * (experts / count) {
+            let value = format!("{count} groups, {groups_used} used, {experts} experts, {used} used");
+            return Err(h.bad("expert_group_count", &value, "these do not fit each other"));
+        }
+        let score = if gating == Gating::Sigmoid { GroupScore::Top2Sum } else { GroupScore::Max };
+        Ok(Routing {
+            experts,
+            used,
+            hidden: h.need_uniform("expert_feed_forward_length")?,
+            shared: h.opt("expert_shared_count")?.unwrap_or(0),
+            gating,
+            groups: (groups_used < count).then_some(Groups { count, used: groups_used, score }),
+            normalize: h.opt_bool("expert_weights_norm")?.unwrap_or(false),
+            scale: h.opt_f32("expert_weights_scale")?.filter(|s| *s != 0.0).unwrap_or(1.0),
+        })
+    }
+}
+
+impl Network for DeepSeek2 {
+    fn dims(&self) -> Dims {
+        Dims { n_layers: self.layers.len(), d_model: self.attn.d, n_vocab: self.head.n_vocab() }
+    }
+
+    fn cache_specs(&self) -> Vec<LayerSpec> {
+        vec![self.attn.cache(); self.layers.len()]
+    }
+
+    fn limits(&self, tokens: usize, slots: usize) -> Limits {
+        let a = &self.attn;
+        let max_in = a.d.max(self.hidden).max(a.heads * a.value).max(a.q_lora.unwrap_or(0));
+        let max_heads_out = a.heads * a.latent.max(a.value);
+        Limits { tokens, max_in, max_hidden: self.hidden, max_heads_out, slots }
+    }
+
+    fn runner(self: Arc<Self>, dev: &Device, n: usize) -> Result<Box<dyn Runner>, EngineError> {
+        Ok(Box::new(DeepSeek2Runner {
+            x: dev.alloc(n, self.attn.d)?,
+            h: dev.alloc(n, self.attn.d)?,
+            cos_sin: dev.alloc(n, self.rope.dims())?,
+            attn: MlaBufs::new(dev, &self.attn, n)?,
+            head: self.head.bufs(dev, n)?,
+            routes: Routes::default(),
+            angles: Vec::new(),
+            rows: 0,
+            m: self,
+        }))
+    }
+}
+
+struct DeepSeek2Runner {
+    m: Arc<DeepSeek2>,
+    /// `[n, d]`: the residual stream.
+    x: Buf,
+    /// `[n, d]`: a sub-layer's normed input.
+    h: Buf,
+    /// `[n, rope]`.
+    cos_sin: Buf,
+    attn: MlaBufs,
+    head: HeadBufs,
+    routes: Routes,
+    angles: Vec<f32>,
+    rows: usize,
+}
+
+impl Runner for DeepSeek2Runner {
+    fn forward(&mut self, tokens: &[u32], cache: &mut Cache) -> Result<(), EngineError> {
+        let Self { m, x, h, cos_sin, attn, routes, angles, .. } = self;
+        let (dev, n) = (&m.dev, tokens.len());
+        dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
+        m.rope.table(cache.positions(), angles);
+        dev.write(cos_sin.view_mut(n), angles)?;
+        for (i, layer) in m.layers.iter().enumerate() {
+            dev.rms_norm(x.view(n), &layer.attn_norm, m.attn.eps, h.view_mut(n))?;
+            layer.attn.forward(dev, &m.attn, attn, h.view(n), cos_sin.view(n), cache, i, x.view_mut(n))?;
+            dev.rms_norm(x.view(n), &layer.ffn_norm, m.attn.eps, h.view_mut(n))?;
+            layer.ffn.forward(dev, h.view(n), routes, x.view_mut(n), Write::Add)?;
+        }
+        self.rows = n;
+        Ok(())
+    }
+
+    fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+    }
+}

@@ -1,0 +1,140 @@
+//! Llama 1, 2 and 3.x, and Mistral (arXiv:2302.13971, arXiv:2407.21783): pre-norm, rotary GQA, SwiGLU.
+
+use super::{Dims, Network, Runner};
+use crate::EngineError;
+use crate::config::Hyper;
+use crate::kv::{Cache, LayerSpec};
+use crate::layers::attention::{Gqa, GqaBufs, Shape};
+use crate::layers::ffn::Dense;
+use crate::layers::head::{Head, HeadBufs};
+use crate::layers::rope::Rope;
+use crate::weights::Loader;
+use kernels::{Activation, Buf, Device, Limits, RopeStyle, Vector, Weight, Write};
+use std::sync::Arc;
+
+struct Layer {
+    attn_norm: Vector,
+    attn: Gqa,
+    ffn_norm: Vector,
+    ffn: Dense,
+}
+
+/// Weights and configuration.
+pub struct Llama {
+    dev: Device,
+    attn: Shape,
+    hidden: usize,
+    eps: f32,
+    window: Option<usize>,
+    rope: Rope,
+    embed: Weight,
+    layers: Vec<Layer>,
+    head: Head,
+}
+
+impl Llama {
+    /// Reads configuration and weights.
+    pub fn load(h: &Hyper<'_>, w: &Loader<'_>, dev: &Device) -> Result<Self, EngineError> {
+        let d = h.need("embedding_length")?;
+        let n_layers = h.need("block_count")?;
+        let hidden = h.need_uniform("feed_forward_length")?;
+        let eps = h.need_f32("attention.layer_norm_rms_epsilon")?;
+        // Files of llama's converter permute Q and K so that rotary pairs are adjacent.
+        let attn = Shape::read(h, d, RopeStyle::Adjacent)?;
+        let window = h.opt("attention.sliding_window")?.filter(|w| *w > 0);
+        if let Some(e) = h.opt("expert_count")?.filter(|e| *e > 0) {
+            return Err(h.bad(
+                "expert_count",
+                &e.to_string(),
+                "mixtures of experts are not implemented for llama",
+            ));
+        }
+        h.opt("expert_used_count")?;
+        // Llama 3's frequency factors exist only as a tensor.
+        let factors = match w.has("rope_freqs.weight") {
+            true => Some(w.values("rope_freqs.weight", attn.rope_dims / 2)?),
+            false => None,
+        };
+        let rope = h.rope(attn.rope_dims, factors)?;
+        let embed = w.matrix("token_embd.weight", w.rows("token_embd.weight")?, d)?;
+        let mut layers = Vec::new();
+        for i in 0..n_layers {
+            let p = format!("blk.{i}.");
+            layers.push(Layer {
+                attn_norm: w.vector(&format!("{p}attn_norm.weight"), d)?,
+                attn: Gqa::load(w, &p, &attn, None)?,
+                ffn_norm: w.vector(&format!("{p}ffn_norm.weight"), d)?,
+                ffn: Dense::load(w, &p, "", d, hidden, Activation::Silu)?,
+            });
+        }
+        let head = Head::load(w, &embed, eps)?;
+        Ok(Self { dev: dev.clone(), attn, hidden, eps, window, rope, embed, layers, head })
+    }
+}
+
+impl Network for Llama {
+    fn dims(&self) -> Dims {
+        Dims { n_layers: self.layers.len(), d_model: self.attn.d, n_vocab: self.head.n_vocab() }
+    }
+
+    fn cache_specs(&self) -> Vec<LayerSpec> {
+        vec![self.attn.cache(self.window); self.layers.len()]
+    }
+
+    fn limits(&self, tokens: usize, slots: usize) -> Limits {
+        let a = &self.attn;
+        let max_in = a.d.max(self.hidden).max(a.heads * a.value);
+        Limits { tokens, max_in, max_hidden: self.hidden, max_heads_out: a.heads * a.value, slots }
+    }
+
+    fn runner(self: Arc<Self>, dev: &Device, n: usize) -> Result<Box<dyn Runner>, EngineError> {
+        Ok(Box::new(LlamaRunner {
+            x: dev.alloc(n, self.attn.d)?,
+            h: dev.alloc(n, self.attn.d)?,
+            cos_sin: dev.alloc(n, self.rope.dims())?,
+            attn: GqaBufs::new(dev, &self.attn, n)?,
+            head: self.head.bufs(dev, n)?,
+            angles: Vec::new(),
+            rows: 0,
+            m: self,
+        }))
+    }
+}
+
+struct LlamaRunner {
+    m: Arc<Llama>,
+    /// `[n, d]`: the residual stream.
+    x: Buf,
+    /// `[n, d]`: a sub-layer's normed input.
+    h: Buf,
+    /// `[n, rope_dims]`.
+    cos_sin: Buf,
+    attn: GqaBufs,
+    head: HeadBufs,
+    angles: Vec<f32>,
+    /// Rows of the last batch.
+    rows: usize,
+}
+
+impl Runner for LlamaRunner {
+    fn forward(&mut self, tokens: &[u32], cache: &mut Cache) -> Result<(), EngineError> {
+        let Self { m, x, h, cos_sin, attn, angles, .. } = self;
+        let (dev, n) = (&m.dev, tokens.len());
+        dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
+        m.rope.table(cache.positions(), angles);
+        dev.write(cos_sin.view_mut(n), angles)?;
+        for (i, layer) in m.layers.iter().enumerate() {
+            dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
+            let (hv, cs, out) = (h.view(n), cos_sin.view(n), x.view_mut(n));
+            layer.attn.forward(dev, &m.attn, attn, hv, cs, cache, i, out, Write::Add)?;
+            dev.rms_norm(x.view(n), &layer.ffn_norm, m.eps, h.view_mut(n))?;
+            dev.ffn(layer.ffn.op(), h.view(n), x.view_mut(n), Write::Add)?;
+        }
+        self.rows = n;
+        Ok(())
+    }
+
+    fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+    }
+}

@@ -1,0 +1,70 @@
+//! The architectures: each file is one family's whole forward pass, in paper order.
+
+mod deepseek2;
+mod gemma3;
+mod llama;
+mod qwen;
+
+use crate::EngineError;
+use crate::config::Hyper;
+use crate::gguf::File;
+use crate::kv::{Cache, LayerSpec};
+use crate::weights::Loader;
+use kernels::{Device, Limits};
+use std::sync::Arc;
+
+/// What callers need to know of a loaded network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Transformer layers.
+    pub n_layers: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Entries of the vocabulary.
+    pub n_vocab: usize,
+}
+
+/// A loaded network: immutable weights, shared by any number of runners.
+pub trait Network: Send + Sync {
+    /// Its dimensions.
+    fn dims(&self) -> Dims;
+    /// The cache each layer needs.
+    fn cache_specs(&self) -> Vec<LayerSpec>;
+    /// What its operations will ask of a device, for batches of `tokens` rows over `slots` cache entries.
+    fn limits(&self, tokens: usize, slots: usize) -> Limits;
+    /// A runner with buffers for batches of up to `tokens` rows.
+    fn runner(self: Arc<Self>, dev: &Device, tokens: usize) -> Result<Box<dyn Runner>, EngineError>;
+}
+
+/// A network with the buffers of a forward pass.
+pub trait Runner: Send {
+    /// Runs `tokens` through all layers; the cache has begun as many. The residual stream stays in the runner.
+    fn forward(&mut self, tokens: &[u32], cache: &mut Cache) -> Result<(), EngineError>;
+    /// Appends the logits of the given rows of the last batch, `[rows.len(), vocab]`.
+    fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError>;
+}
+
+/// Loads the network that `file` holds.
+///
+/// # Errors
+/// An architecture, key, value or tensor that is not implemented is named.
+pub fn load(file: &File, dev: &Device) -> Result<Arc<dyn Network>, EngineError> {
+    let meta = file.metadata();
+    let arch = meta.need("general.architecture", meta.str("general.architecture"))?;
+    let hyper = Hyper::new(meta, arch);
+    let weights = Loader::new(file, dev);
+    let network: Arc<dyn Network> = match arch {
+        "deepseek2" => Arc::new(deepseek2::DeepSeek2::load(&hyper, &weights, dev)?),
+        "gemma3" => Arc::new(gemma3::Gemma3::load(&hyper, &weights, dev)?),
+        "llama" => Arc::new(llama::Llama::load(&hyper, &weights, dev)?),
+        "qwen2" | "qwen3" | "qwen3moe" => Arc::new(qwen::Qwen::load(&hyper, &weights, dev)?),
+        other => {
+            return Err(EngineError::Unsupported(format!(
+                "architecture {other} (implemented: deepseek2, gemma3, llama, qwen2, qwen3, qwen3moe)"
+            )));
+        }
+    };
+    hyper.finish()?;
+    weights.finish()?;
+    Ok(network)
+}

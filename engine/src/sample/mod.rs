@@ -1,0 +1,108 @@
+//! Choosing the next token from a row of logits: llama.cpp's chain in llama.cpp's order.
+//!
+//! logit bias, penalties, top-k, typical, top-p, min-p, temperature, draw. (The samplers that llama.cpp has in between
+//! and that are off by default, DRY, top-n-sigma and XTC, are not here.) Temperature 0 takes the best token after bias and
+//! penalties. The same seed and logits give the same tokens on every platform: the generator is `rng::Rng`, the
+//! exponential `exp::exp_neg`, and every sum has a fixed order. Knows nothing of models or text.
+
+mod candidates;
+mod exp;
+mod logprobs;
+mod options;
+mod penalties;
+mod rng;
+#[cfg(test)]
+mod tests;
+
+pub use logprobs::{LogProbs, logprobs};
+pub use options::{SampleError, SamplerOptions};
+
+use candidates::Candidates;
+use penalties::Penalties;
+
+/// A chain of sampling steps and its state: the random stream and the tokens that the penalties look at.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    options: SamplerOptions,
+    seed: u64,
+    rng: rng::Rng,
+    penalties: Penalties,
+    candidates: Candidates,
+}
+
+impl Sampler {
+    /// A sampler at the start of its random stream.
+    ///
+    /// # Errors
+    /// [`SampleError::Option`] names the option that is out of its range.
+    pub fn new(options: SamplerOptions) -> Result<Self, SampleError> {
+        options.check()?;
+        let seed = options.seed_or_random();
+        let penalties = Penalties::new(&options);
+        Ok(Self { seed, rng: rng::Rng::new(seed), penalties, candidates: Candidates::default(), options })
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &SamplerOptions {
+        &self.options
+    }
+
+    /// The seed in use, also when none was given.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Chooses a token from `logits` (`[n_vocab]`; bias and penalties are written into it). Does not [`accept`](Self::accept) it.
+    ///
+    /// # Errors
+    /// NaN or +inf among the logits, all tokens banned, or a bias for a token that does not exist.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<u32, SampleError> {
+        let o = &self.options;
+        for &(token, bias) in &o.logit_bias {
+            let n_vocab = logits.len();
+            *logits.get_mut(token as usize).ok_or(SampleError::BiasToken { token, n_vocab })? += bias;
+        }
+        self.penalties.apply(logits);
+        let c = &mut self.candidates;
+        if o.temperature == 0.0 {
+            c.top_k(logits, 1)?;
+            return Ok(c.items[0].id);
+        }
+        let mut sum = None;
+        if o.top_k > 0 && o.top_k < logits.len() {
+            c.top_k(logits, o.top_k)?;
+        } else if o.typical_p < 1.0 {
+            c.all(logits, 1.0, 0.0)?;
+        } else {
+            sum = c.all(logits, o.top_p, o.min_p)?;
+        }
+        if o.typical_p < 1.0 {
+            c.typical(o.typical_p);
+        }
+        if o.top_p < 1.0 {
+            c.top_p(o.top_p, sum);
+        }
+        if o.min_p > 0.0 {
+            c.min_p(o.min_p);
+        }
+        Ok(c.draw(o.temperature, self.rng.uniform()))
+    }
+
+    /// Tells the penalties that `token` is now part of the text.
+    pub fn accept(&mut self, token: u32) {
+        self.penalties.accept(token);
+    }
+
+    /// Says what the text so far is: the penalties see the tail of `prompt`, as in llama.cpp, and forget all else.
+    pub fn prime(&mut self, prompt: &[u32]) {
+        self.penalties.clear();
+        let tail = prompt.len().saturating_sub(self.options.repeat_last_n);
+        prompt[tail..].iter().for_each(|&t| self.penalties.accept(t));
+    }
+
+    /// Forgets all tokens and goes back to the start of the random stream.
+    pub fn reset(&mut self) {
+        self.penalties.clear();
+        self.rng = rng::Rng::new(self.seed);
+    }
+}

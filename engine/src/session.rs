@@ -1,0 +1,470 @@
+//! The API that programs use: load a [`Model`], open a [`Session`] on it, evaluate or generate.
+//!
+//! ```no_run
+//! use engine::{GenerateOptions, LoadOptions, Model, SamplerOptions, Sampler, Session, SessionOptions};
+//! # fn main() -> Result<(), engine::EngineError> {
+//! let model = Model::load("model.gguf".as_ref(), &LoadOptions::default())?;
+//! let mut session = Session::new(&model, &SessionOptions::default())?;
+//! let prompt = model.vocab().encode_prompt("Once upon a time");
+//! let mut sampler = Sampler::new(SamplerOptions::default())?;
+//! session.generate(&prompt, &mut sampler, &GenerateOptions::default(), |text| {
+//!     print!("{text}");
+//!     std::ops::ControlFlow::Continue(())
+//! })?;
+//! # Ok(())
+//! # }
+//! ```
+
+use crate::EngineError;
+use crate::gguf::{File, OpenMode};
+use crate::kv::{Cache, CacheTypes};
+use crate::model::{self, Network, Runner};
+use crate::sample::Sampler;
+use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
+use kernels::Device;
+use kernels::cpu::CpuBackend;
+use quant::DType;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How to load a model.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Map the file instead of reading it into memory.
+    pub mmap: bool,
+    /// Compute threads.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    /// Mapped, with one thread per core that the process may use.
+    fn default() -> Self {
+        Self { mmap: true, threads: std::thread::available_parallelism().map_or(1, Into::into) }
+    }
+}
+
+/// What a file says of itself, and what running it costs.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// `general.name`, or the file's name.
+    pub name: String,
+    /// `general.architecture`.
+    pub arch: String,
+    /// Transformer layers.
+    pub n_layers: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Entries of the vocabulary.
+    pub n_vocab: usize,
+    /// Context the model was trained for.
+    pub ctx_train: usize,
+    /// Parameters in the file.
+    pub n_params: u64,
+    /// Bytes of all tensors.
+    pub tensor_bytes: u64,
+    /// Bytes of weights that one decoded token reads: the experts it uses, and no embedding table unless it is tied.
+    pub read_bytes_per_token: u64,
+    /// The compute device: `cpu (avx512, 2 threads)`.
+    pub device: String,
+}
+
+/// A loaded model: weights, vocabulary, chat template. Immutable and shared.
+pub struct Model {
+    info: ModelInfo,
+    network: Arc<dyn Network>,
+    device: Device,
+    vocab: Vocab,
+    chat: ChatTemplate,
+    file: File,
+}
+
+impl Model {
+    /// Loads the GGUF at `path` (any part of a split one).
+    ///
+    /// # Errors
+    /// A file that is not a sound GGUF, or asks for something not implemented: the error names it.
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Arc<Self>, EngineError> {
+        let mode = if options.mmap { OpenMode::Mmap } else { OpenMode::Read };
+        Self::from_file(File::open(path, mode)?, options)
+    }
+
+    /// Loads a GGUF embedded in the program.
+    pub fn load_static(
+        name: &str,
+        bytes: &'static [u8],
+        options: &LoadOptions,
+    ) -> Result<Arc<Self>, EngineError> {
+        Self::from_file(File::from_static(name, bytes)?, options)
+    }
+
+    fn from_file(file: File, options: &LoadOptions) -> Result<Arc<Self>, EngineError> {
+        let device = Device::new(CpuBackend::new(options.threads));
+        let network = model::load(&file, &device)?;
+        let vocab = Vocab::from_metadata(file.metadata())?;
+        let dims = network.dims();
+        if vocab.len() != dims.n_vocab {
+            return Err(EngineError::Unsupported(format!(
+                "the vocabulary has {} tokens, the output layer {}",
+                vocab.len(),
+                dims.n_vocab
+            )));
+        }
+        let chat = ChatTemplate::from_metadata(file.metadata(), &vocab)?;
+        let info = describe(&file, &*network, &device)?;
+        Ok(Arc::new(Self { info, network, device, vocab, chat, file }))
+    }
+
+    /// What the file says of itself.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// The vocabulary.
+    pub fn vocab(&self) -> &Vocab {
+        &self.vocab
+    }
+
+    /// The chat template; a stated default where the file has none.
+    pub fn chat_template(&self) -> &ChatTemplate {
+        &self.chat
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Bytes of cache that a decoded token reads at `depth` cached entries, and that a context of `depth` takes.
+    pub fn cache_bytes(&self, types: CacheTypes, depth: usize) -> Result<usize, EngineError> {
+        Cache::size(&self.network.cache_specs(), types, depth)
+    }
+}
+
+fn describe(file: &File, network: &dyn Network, device: &Device) -> Result<ModelInfo, EngineError> {
+    let meta = file.metadata();
+    let arch = meta.str("general.architecture")?.unwrap_or_default().to_owned();
+    let number = |key: &str| meta.u32(&format!("{arch}.{key}"));
+    let (used, experts) = (number("expert_used_count")?, number("expert_count")?);
+    let tied = file.tensor("output.weight").is_none();
+    let (mut n_params, mut tensor_bytes, mut read) = (0, 0, 0);
+    for t in file.tensors() {
+        n_params += t.dims.iter().product::<u64>();
+        tensor_bytes += t.n_bytes;
+        read += match (used, experts) {
+            _ if t.name == "token_embd.weight" && !tied => 0,
+            (Some(used), Some(experts)) if t.name.contains("_exps.") && experts > 0 => {
+                t.n_bytes * u64::from(used) / u64::from(experts)
+            }
+            _ => t.n_bytes,
+        };
+    }
+    let dims = network.dims();
+    let stem = || file.path().file_stem().map(|s| s.to_string_lossy().into_owned());
+    Ok(ModelInfo {
+        name: meta.str("general.name")?.map(Into::into).or_else(stem).unwrap_or_default(),
+        n_layers: dims.n_layers,
+        d_model: dims.d_model,
+        n_vocab: dims.n_vocab,
+        ctx_train: number("context_length")?.unwrap_or(0) as usize,
+        arch,
+        n_params,
+        tensor_bytes,
+        read_bytes_per_token: read,
+        device: device.name(),
+    })
+}
+
+/// The size and types of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionOptions {
+    /// Cache entries: prompt and answer together.
+    pub ctx: usize,
+    /// Prompt tokens per forward pass.
+    pub batch: usize,
+    /// Cache type of keys, or of MLA's latent.
+    pub cache_k: DType,
+    /// Cache type of values.
+    pub cache_v: DType,
+}
+
+impl Default for SessionOptions {
+    /// 4096 entries of f16, prompts in batches of 512.
+    fn default() -> Self {
+        Self { ctx: 4096, batch: 512, cache_k: DType::F16, cache_v: DType::F16 }
+    }
+}
+
+/// What ends a generation besides the model's own end.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateOptions {
+    /// At most this many new tokens.
+    pub max_tokens: Option<usize>,
+    /// Strings that end the answer; they are not part of it.
+    pub stop: Vec<String>,
+    /// Go on after the model's end-of-generation tokens.
+    pub ignore_eos: bool,
+    /// Show control tokens in the text.
+    pub special: bool,
+    /// Control tokens to show even so, such as the tags around thinking.
+    pub show: Vec<u32>,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model said so.
+    Eos,
+    /// One of the stop strings appeared.
+    StopString(String),
+    /// `max_tokens` were made.
+    Length,
+    /// The context is full.
+    ContextFull,
+    /// The caller broke off.
+    Cancelled,
+}
+
+/// The outcome of a generation.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// How many of them were cached already.
+    pub cached_tokens: usize,
+    /// Time spent on the rest.
+    pub prompt_time: Duration,
+    /// New tokens, the end token not counted.
+    pub new_tokens: usize,
+    /// Time spent on them.
+    pub decode_time: Duration,
+    /// The new tokens.
+    pub tokens: Vec<u32>,
+}
+
+/// One sequence: its cache, its buffers, its tokens.
+pub struct Session {
+    model: Arc<Model>,
+    runner: Box<dyn Runner>,
+    cache: Cache,
+    batch: usize,
+    tokens: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+impl Session {
+    /// Allocates cache and buffers.
+    ///
+    /// # Errors
+    /// Impossible sizes or cache types, or memory that cannot be had.
+    pub fn new(model: &Arc<Model>, o: &SessionOptions) -> Result<Self, EngineError> {
+        if o.batch == 0 {
+            return Err(EngineError::Option("a batch size of 0 is not possible".into()));
+        }
+        let batch = o.batch.min(o.ctx);
+        let (net, dev) = (&model.network, &model.device);
+        let types = CacheTypes { k: o.cache_k, v: o.cache_v };
+        let cache = Cache::new(dev, &net.cache_specs(), types, o.ctx)?;
+        dev.reserve(&net.limits(batch, o.ctx))?;
+        let runner = net.clone().runner(dev, batch)?;
+        Ok(Self { model: model.clone(), runner, cache, batch, tokens: Vec::new(), logits: Vec::new() })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The tokens whose entries are cached.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Entries the cache holds.
+    pub fn ctx(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Bytes of the cache.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.bytes()
+    }
+
+    /// Forgets all but the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.cache.truncate(len);
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
+        let n_vocab = self.model.info.n_vocab;
+        if let Some(&id) = tokens.iter().find(|&&t| t as usize >= n_vocab) {
+            return Err(EngineError::TokenId { id, n_vocab });
+        }
+        let need = self.tokens.len() + tokens.len();
+        if need > self.ctx() {
+            return Err(EngineError::Context { need, ctx: self.ctx() });
+        }
+        Ok(())
+    }
+
+    /// One batch of a prompt of `prompt` tokens, or (0) a decoded token.
+    fn forward(&mut self, tokens: &[u32], prompt: usize) -> Result<(), EngineError> {
+        self.cache.begin(tokens.len(), prompt)?;
+        self.runner.forward(tokens, &mut self.cache)?;
+        self.cache.commit();
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Appends `tokens` (at least one) and returns the logits `[vocab]` after the last of them.
+    pub fn eval(&mut self, tokens: &[u32]) -> Result<&mut [f32], EngineError> {
+        self.check(tokens)?;
+        let Some(last) = tokens.len().checked_sub(1) else {
+            return Err(EngineError::Option("there is no token to evaluate".into()));
+        };
+        for chunk in tokens.chunks(self.batch) {
+            self.forward(chunk, if last == 0 { 0 } else { tokens.len() })?;
+        }
+        self.logits.clear();
+        self.runner.logits(&[(last % self.batch) as u32], &mut self.logits)?;
+        Ok(&mut self.logits)
+    }
+
+    /// Appends `tokens`, giving `each` the logits `[vocab]` after every one of them, in order.
+    pub fn eval_all<E: From<EngineError>>(
+        &mut self,
+        tokens: &[u32],
+        mut each: impl FnMut(usize, &[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.check(tokens)?;
+        let n_vocab = self.model.info.n_vocab;
+        for (i, chunk) in tokens.chunks(self.batch).enumerate() {
+            self.forward(chunk, tokens.len())?;
+            let rows: Vec<u32> = (0..chunk.len() as u32).collect();
+            for some in rows.chunks(crate::layers::head::HEAD_ROWS) {
+                self.logits.clear();
+                self.runner.logits(some, &mut self.logits).map_err(E::from)?;
+                for (row, logits) in some.iter().zip(self.logits.chunks_exact(n_vocab)) {
+                    each(i * self.batch + *row as usize, logits)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Continues `prompt` (the whole conversation's tokens: what is cached of it already is not computed again) until
+    /// something ends it, handing out text as soon as it is complete UTF-8 and no stop string can begin in it.
+    ///
+    /// # Errors
+    /// [`EngineError::Context`] if the prompt leaves no room for a single new token.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        sampler: &mut Sampler,
+        o: &GenerateOptions,
+        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generated, EngineError> {
+        if prompt.is_empty() {
+            return Err(EngineError::Option("the prompt is empty".into()));
+        }
+        // At least the last token is computed anew: its logits are needed.
+        let common = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
+        if prompt.len() >= self.ctx() {
+            return Err(EngineError::Context { need: prompt.len() + 1, ctx: self.ctx() });
+        }
+        self.truncate(common);
+        let start = Instant::now();
+        self.eval(&prompt[common..])?;
+        sampler.prime(prompt);
+        let mut out = Generated {
+            reason: FinishReason::Length,
+            prompt_tokens: prompt.len(),
+            cached_tokens: common,
+            prompt_time: start.elapsed(),
+            new_tokens: 0,
+            decode_time: Duration::ZERO,
+            tokens: Vec::new(),
+        };
+        let model = self.model.clone();
+        let mut text = Tail {
+            decoder: StreamDecoder::new(model.vocab(), o.special).showing(o.show.iter().copied()),
+            scanner: StopScanner::new(&o.stop),
+            stop: &o.stop,
+        };
+        let start = Instant::now();
+        out.reason = loop {
+            if o.max_tokens.is_some_and(|n| out.tokens.len() >= n) {
+                break FinishReason::Length;
+            }
+            let token = sampler.sample(&mut self.logits)?;
+            if model.vocab().is_eog(token) && !o.ignore_eos {
+                break FinishReason::Eos;
+            }
+            sampler.accept(token);
+            out.tokens.push(token);
+            if let Some(reason) = text.push(token, &mut on_text) {
+                break reason;
+            }
+            if self.tokens.len() >= self.ctx() {
+                break FinishReason::ContextFull;
+            }
+            if o.max_tokens.is_some_and(|n| out.tokens.len() >= n) {
+                break FinishReason::Length;
+            }
+            self.eval(&[token])?;
+        };
+        if let Some(reason) = text.finish(&out.reason, &mut on_text) {
+            out.reason = reason;
+        }
+        out.new_tokens = out.tokens.len();
+        out.decode_time = start.elapsed();
+        Ok(out)
+    }
+}
+
+/// The way of new tokens to the caller: bytes to text to what no stop string can still claim.
+struct Tail<'a> {
+    decoder: StreamDecoder<'a>,
+    scanner: StopScanner,
+    stop: &'a [String],
+}
+
+impl Tail<'_> {
+    fn push(
+        &mut self,
+        token: u32,
+        on_text: &mut impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Option<FinishReason> {
+        let text = self.decoder.push(token);
+        let scanned = self.scanner.push(&text);
+        self.emit(scanned, on_text)
+    }
+
+    fn emit(&self, s: Scanned, on_text: &mut impl FnMut(&str) -> ControlFlow<()>) -> Option<FinishReason> {
+        if !s.text.is_empty() && on_text(&s.text).is_break() {
+            return Some(FinishReason::Cancelled);
+        }
+        s.stopped.map(|i| FinishReason::StopString(self.stop[i].clone()))
+    }
+
+    /// Hands out what was held back, unless a stop string or the caller ended it all.
+    fn finish(
+        &mut self,
+        reason: &FinishReason,
+        on_text: &mut impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Option<FinishReason> {
+        if matches!(reason, FinishReason::StopString(_) | FinishReason::Cancelled) {
+            return None;
+        }
+        let text = self.decoder.finish();
+        let scanned = self.scanner.push(&text);
+        self.emit(scanned, on_text).or_else(|| {
+            let rest = self.scanner.finish();
+            self.emit(rest, on_text)
+        })
+    }
+}

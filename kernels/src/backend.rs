@@ -1,0 +1,602 @@
+//! The `Backend` trait: the coarse operations a forward pass is made of, and `Device`, which checks every shape before a
+//! backend sees it. Operations are coarse so that a CPU can fuse them and a GPU can capture them into a graph.
+//!
+//! Numbers: activations are f32. A row's result never depends on how many other rows the call holds, nor on the number of
+//! threads (fixed reduction orders; docs/numerics.md).
+
+use crate::{Buf, KernelError, KvBuf, Vector, View, ViewMut, Weight};
+use quant::DType;
+use std::sync::Arc;
+
+/// What an operation does with its output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// Overwrite it.
+    Set,
+    /// Add to it (the residual stream).
+    Add,
+}
+
+/// The gate's activation of a gated feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x * sigmoid(x).
+    Silu,
+    /// GELU in its tanh form: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+    GeluTanh,
+}
+
+/// One product `out (=|+=) weight x (+ bias)`; several may share one input.
+pub struct Product<'a> {
+    /// `[out, in]`, a stack of one.
+    pub weight: &'a Weight,
+    /// `[out]`.
+    pub bias: Option<&'a Vector>,
+    /// `[n, out]`.
+    pub out: ViewMut<'a>,
+    /// Overwrite or accumulate.
+    pub write: Write,
+}
+
+/// A gated feed-forward layer: `down(act(gate x) * up x)`.
+#[derive(Clone, Copy)]
+pub struct Ffn<'a> {
+    /// `[hidden, d]` (a stack: one per expert).
+    pub gate: &'a Weight,
+    /// `[hidden, d]`.
+    pub up: &'a Weight,
+    /// `[d, hidden]`.
+    pub down: &'a Weight,
+    /// The gate's activation.
+    pub act: Activation,
+}
+
+/// How expert scores become probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gating {
+    /// Over all experts (DeepSeek-V2, Qwen3).
+    Softmax,
+    /// Each expert on its own (DeepSeek-V3).
+    Sigmoid,
+}
+
+/// How a group's score is made from its experts' (DeepSeek-V2 section 2.2, DeepSeek-V3 section 2.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// The best expert.
+    Max,
+    /// The sum of the two best.
+    Top2Sum,
+}
+
+/// Group-limited routing: only experts of the best `used` of `count` equal groups may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups {
+    /// Number of groups; divides the number of experts.
+    pub count: usize,
+    /// Groups kept.
+    pub used: usize,
+    /// A group's score.
+    pub score: GroupScore,
+}
+
+/// The router of a mixture of experts.
+#[derive(Clone, Copy)]
+pub struct Router<'a> {
+    /// `[experts, d]`.
+    pub weight: &'a Weight,
+    /// Scores to probabilities.
+    pub gating: Gating,
+    /// `[experts]`, added to the probabilities for the choice only, never to the weights.
+    pub correction: Option<&'a Vector>,
+    /// Group limits.
+    pub groups: Option<Groups>,
+    /// Experts per token.
+    pub used: usize,
+    /// Whether the chosen probabilities are divided by their sum.
+    pub normalize: bool,
+    /// Factor on the weights, last.
+    pub scale: f32,
+}
+
+/// The router's choice for `n` tokens: `used` experts each, best first, ties to the lower id.
+#[derive(Clone, Debug, Default)]
+pub struct Routes {
+    /// Experts per token.
+    pub used: usize,
+    /// `[n, used]` expert ids.
+    pub ids: Vec<u32>,
+    /// `[n, used]` weights.
+    pub weights: Vec<f32>,
+}
+
+/// Which dimensions of a head a rotary embedding pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Pairs (2i, 2i+1): llama and deepseek2 files.
+    Adjacent,
+    /// Pairs (i, i + dims/2): qwen and gemma files.
+    Halves,
+}
+
+/// Where in a row of heads the rotary dimensions lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RopeHeads {
+    /// Values per head; the row is a whole number of heads.
+    pub head_dim: usize,
+    /// First rotated dimension of a head.
+    pub offset: usize,
+    /// Rotated dimensions, even.
+    pub dims: usize,
+    /// Pairing.
+    pub style: RopeStyle,
+}
+
+/// A run of cache slots that a query sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First slot.
+    pub start: u32,
+    /// Number of slots.
+    pub len: u32,
+    /// Whether these are attention sinks, scored with the query's second rotation where one is given.
+    pub sink: bool,
+}
+
+/// What each query row of a batch sees: a short list of spans per row, in the order in which they are summed.
+#[derive(Clone, Debug, Default)]
+pub struct Visible {
+    spans: Vec<Span>,
+    ends: Vec<u32>,
+    prompts: Vec<u32>,
+    prompt: u32,
+}
+
+impl Visible {
+    /// Forgets all rows, keeping the memory.
+    pub fn clear(&mut self) {
+        self.spans.clear();
+        self.ends.clear();
+        self.prompts.clear();
+        self.prompt = 0;
+    }
+
+    /// Says of the rows pushed from now on that they belong to a request whose prompt adds `tokens` tokens (however it is cut
+    /// into calls); 0, the default, that they are decoded one by one. A backend picks a row's kernel by this and by what the
+    /// row sees, never by the call it is in, so that a row's bits do not depend on its neighbours. Wrong values cost time,
+    /// never correctness.
+    pub fn set_prompt(&mut self, tokens: usize) {
+        self.prompt = u32::try_from(tokens).unwrap_or(u32::MAX);
+    }
+
+    /// Tokens of the prompt that row `i` is of, 0 for decoding.
+    pub fn prompt(&self, i: usize) -> usize {
+        self.prompts[i] as usize
+    }
+
+    /// Adds the next query row; empty spans are dropped.
+    pub fn push(&mut self, spans: impl IntoIterator<Item = Span>) {
+        self.spans.extend(spans.into_iter().filter(|s| s.len > 0));
+        self.ends.push(self.spans.len() as u32);
+        self.prompts.push(self.prompt);
+    }
+
+    /// Number of query rows.
+    pub fn rows(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The spans of row `i`.
+    pub fn row(&self, i: usize) -> &[Span] {
+        let from = if i == 0 { 0 } else { self.ends[i - 1] };
+        &self.spans[from as usize..self.ends[i] as usize]
+    }
+
+    /// Number of entries that row `i` sees.
+    pub fn seen(&self, i: usize) -> usize {
+        self.row(i).iter().map(|s| s.len as usize).sum()
+    }
+}
+
+/// Grouped-query attention over a cache: `out[h] = softmax(scale q[h] K[g]^T) V[g]`, `g = h / (heads / kv_heads)`.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// `[n, heads * key_dim]`.
+    pub q: View<'a>,
+    /// The same queries rotated for sink spans.
+    pub q_sink: Option<View<'a>>,
+    /// Width `kv_heads * key_dim`.
+    pub k: &'a KvBuf,
+    /// Width `kv_heads * value_dim`.
+    pub v: &'a KvBuf,
+    /// `n` rows.
+    pub visible: &'a Visible,
+}
+
+/// The up-projections of the latent, as files hold them.
+#[derive(Clone, Copy)]
+pub enum MlaUp<'a> {
+    /// `attn_k_b`, transposed, `[heads][latent, nope]`, and `attn_v_b` `[heads][value, latent]`.
+    Split {
+        /// Stack of `heads` matrices `[latent, nope]`.
+        k_b: &'a Weight,
+        /// Stack of `heads` matrices `[value, latent]`.
+        v_b: &'a Weight,
+    },
+    /// `attn_kv_b` `[heads * (nope + value), latent]`: per head the key rows, then the value rows.
+    Joint {
+        /// The joint matrix, a stack of one.
+        kv_b: &'a Weight,
+    },
+}
+
+/// Multi-head latent attention over the cached latent and shared rotary key (DeepSeek-V2, section 2.1):
+/// score of entry s for head h = scale (q_nope[h]^T W_k[h] c_s + q_pe[h]^T k_pe_s); output = W_v[h] sum_s p_s c_s.
+/// The backend picks the absorbed form (q_nope^T W_k first) or the expanded one by cost.
+#[derive(Clone, Copy)]
+pub struct Mla<'a> {
+    /// Query heads.
+    pub heads: usize,
+    /// Key dimensions without rotation.
+    pub nope: usize,
+    /// Rotary dimensions.
+    pub rope: usize,
+    /// Value dimensions.
+    pub value: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// `[n, heads * (nope + rope)]`, the last `rope` of each head rotated.
+    pub q: View<'a>,
+    /// The same queries rotated for sink spans.
+    pub q_sink: Option<View<'a>>,
+    /// Normalised latents, width kv_lora_rank.
+    pub latent: &'a KvBuf,
+    /// Rotated shared keys, width `rope`.
+    pub k_pe: &'a KvBuf,
+    /// W_k and W_v.
+    pub up: MlaUp<'a>,
+    /// `n` rows.
+    pub visible: &'a Visible,
+}
+
+/// Upper bounds on what calls will ask for, from which a backend sizes its scratch memory once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows of a batch.
+    pub tokens: usize,
+    /// The widest input of any product.
+    pub max_in: usize,
+    /// The widest feed-forward hidden layer (dense, shared, or experts per token times expert hidden).
+    pub max_hidden: usize,
+    /// Heads times the widest per-head vector attention keeps (value, or the latent for MLA).
+    pub max_heads_out: usize,
+    /// Cache entries one query may see.
+    pub slots: usize,
+}
+
+/// The operations. Implementors may assume checked shapes: only [`Device`] calls these.
+#[allow(missing_docs)] // each is described on `Device`
+pub trait Backend: Send + Sync {
+    fn name(&self) -> String;
+    fn reserve(&self, limits: &Limits) -> Result<usize, KernelError>;
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError>;
+    fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError>;
+    fn upload(&self, host: Weight) -> Result<Weight, KernelError>;
+    fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError>;
+    fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError>;
+    fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError>;
+    fn embed(&self, table: &Weight, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<(), KernelError>;
+    fn rms_norm(&self, x: View<'_>, w: &Vector, eps: f32, out: ViewMut<'_>) -> Result<(), KernelError>;
+    fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError>;
+    fn add(&self, x: View<'_>, acc: ViewMut<'_>) -> Result<(), KernelError>;
+    fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError>;
+    fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError>;
+    fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError>;
+    fn route(&self, r: Router<'_>, x: View<'_>, routes: &mut Routes) -> Result<(), KernelError>;
+    fn moe(
+        &self,
+        experts: Ffn<'_>,
+        routes: &Routes,
+        shared: Option<Ffn<'_>>,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError>;
+    fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError>;
+    fn attention(&self, a: Attention<'_>, out: ViewMut<'_>) -> Result<(), KernelError>;
+    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>) -> Result<(), KernelError>;
+}
+
+/// A backend behind its shape checks.
+#[derive(Clone)]
+pub struct Device(Arc<dyn Backend>);
+
+fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Result<(), KernelError> {
+    if ok { Ok(()) } else { Err(KernelError::Shape(format!("{op}: {}", detail()))) }
+}
+
+impl Device {
+    /// Wraps a backend.
+    pub fn new(backend: impl Backend + 'static) -> Self {
+        Self(Arc::new(backend))
+    }
+
+    /// What the device is, for people: `cpu (avx512vnni, 2 threads)`.
+    pub fn name(&self) -> String {
+        self.0.name()
+    }
+
+    /// Sizes the scratch memory for calls within `limits`; returns its bytes. Calls beyond them are an error.
+    pub fn reserve(&self, limits: &Limits) -> Result<usize, KernelError> {
+        self.0.reserve(limits)
+    }
+
+    /// Activations `[rows, cols]`, zeroed.
+    pub fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {
+        self.0.alloc(rows, cols)
+    }
+
+    /// A cache `[slots, width]` of one of [`KvBuf::TYPES`].
+    pub fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError> {
+        self.0.alloc_kv(dtype, slots, width)
+    }
+
+    /// Makes a host weight usable on the device; on the CPU it stays where it is (mapped).
+    pub fn upload(&self, host: Weight) -> Result<Weight, KernelError> {
+        self.0.upload(host)
+    }
+
+    /// Copies `values` (row-major, exactly the window) to the device.
+    pub fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError> {
+        shape(values.len() == out.rows() * out.cols(), "write", || format!("{} values", values.len()))?;
+        self.0.write(out, values)
+    }
+
+    /// Copies a window to the host, row-major.
+    pub fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError> {
+        shape(values.len() == x.rows() * x.cols(), "read", || format!("{} values", values.len()))?;
+        self.0.read(x, values)
+    }
+
+    /// `out[i] = x[rows[i]]`.
+    pub fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError> {
+        let inside = rows.iter().all(|&r| (r as usize) < x.rows());
+        shape(inside && rows.len() == out.rows() && x.cols() == out.cols(), "gather", || {
+            format!("{} rows", rows.len())
+        })?;
+        self.0.gather(x, rows, out)
+    }
+
+    /// `out[i] = scale * table[ids[i]]`, table `[vocab, d]`, out `[n, d]`.
+    pub fn embed(
+        &self,
+        table: &Weight,
+        ids: &[u32],
+        scale: f32,
+        out: ViewMut<'_>,
+    ) -> Result<(), KernelError> {
+        let inside = ids.iter().all(|&i| (i as usize) < table.rows());
+        shape(
+            inside && table.count() == 1 && ids.len() == out.rows() && table.cols() == out.cols(),
+            "embed",
+            || format!("table [{}, {}], out [{}, {}]", table.rows(), table.cols(), out.rows(), out.cols()),
+        )?;
+        self.0.embed(table, ids, scale, out)
+    }
+
+    /// `out = x / sqrt(mean(x^2) + eps) * w` per row (arXiv:1910.07467); x, out `[n, d]`, w `[d]`.
+    pub fn rms_norm(&self, x: View<'_>, w: &Vector, eps: f32, out: ViewMut<'_>) -> Result<(), KernelError> {
+        shape(x.rows() == out.rows() && x.cols() == out.cols() && w.len() == x.cols(), "rms_norm", || {
+            format!(
+                "x [{}, {}], weight [{}], out [{}, {}]",
+                x.rows(),
+                x.cols(),
+                w.len(),
+                out.rows(),
+                out.cols()
+            )
+        })?;
+        self.0.rms_norm(x, w, eps, out)
+    }
+
+    /// The same in place over each run of `w.len()` columns (per-head QK norm).
+    pub fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError> {
+        shape(!w.is_empty() && x.cols().is_multiple_of(w.len()), "rms_norm_heads", || {
+            format!("[{}] into {}", w.len(), x.cols())
+        })?;
+        self.0.rms_norm_heads(x, w, eps)
+    }
+
+    /// `acc += x`.
+    pub fn add(&self, x: View<'_>, acc: ViewMut<'_>) -> Result<(), KernelError> {
+        shape(x.rows() == acc.rows() && x.cols() == acc.cols(), "add", || {
+            format!("{} and {} columns", x.cols(), acc.cols())
+        })?;
+        self.0.add(x, acc)
+    }
+
+    /// Rotates pairs (a, b) of each head in place to (a cos - b sin, a sin + b cos) (arXiv:2104.09864).
+    /// `cos_sin` is `[n, dims]`: row i holds dims/2 cosines, then dims/2 sines.
+    pub fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
+        let h = heads;
+        let fits = h.head_dim > 0
+            && h.dims.is_multiple_of(2)
+            && h.offset + h.dims <= h.head_dim
+            && x.cols().is_multiple_of(h.head_dim);
+        shape(fits && cos_sin.cols() == h.dims && cos_sin.rows() == x.rows(), "rope", || {
+            format!("{h:?}, x [{}, {}], angles [{}, {}]", x.rows(), x.cols(), cos_sin.rows(), cos_sin.cols())
+        })?;
+        self.0.rope(x, heads, cos_sin)
+    }
+
+    /// Products that share the input x `[n, in]`; it is quantised once.
+    pub fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
+        for p in products.iter() {
+            let w = p.weight;
+            let bias = p.bias.is_none_or(|b| b.len() == w.rows());
+            let out = p.out.rows() == x.rows() && p.out.cols() == w.rows();
+            shape(w.count() == 1 && w.cols() == x.cols() && bias && out, "matmul", || {
+                let (r, c) = (p.out.rows(), p.out.cols());
+                format!(
+                    "weight [{}, {}, {}], x [{}, {}], out [{r}, {c}]",
+                    w.count(),
+                    w.rows(),
+                    w.cols(),
+                    x.rows(),
+                    x.cols()
+                )
+            })?;
+        }
+        self.0.matmul(x, products)
+    }
+
+    /// One product.
+    pub fn linear(
+        &self,
+        weight: &Weight,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError> {
+        self.matmul(x, &mut [Product { weight, bias: None, out, write }])
+    }
+
+    fn check_ffn(f: &Ffn<'_>, d: usize, op: &str) -> Result<(), KernelError> {
+        let (g, u, w) = (f.gate, f.up, f.down);
+        let counts = g.count() == u.count() && u.count() == w.count();
+        let dims =
+            g.cols() == d && u.cols() == d && w.rows() == d && g.rows() == u.rows() && u.rows() == w.cols();
+        shape(counts && dims, op, || {
+            format!(
+                "d {d}, gate [{}, {}], up [{}, {}], down [{}, {}]",
+                g.rows(),
+                g.cols(),
+                u.rows(),
+                u.cols(),
+                w.rows(),
+                w.cols()
+            )
+        })
+    }
+
+    /// A gated feed-forward layer (stacks of one); x, out `[n, d]`.
+    pub fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError> {
+        Self::check_ffn(&f, x.cols(), "ffn")?;
+        shape(f.gate.count() == 1 && x.rows() == out.rows() && x.cols() == out.cols(), "ffn", || {
+            "out".into()
+        })?;
+        self.0.ffn(f, x, out, write)
+    }
+
+    /// Chooses experts for each row of x `[n, d]`.
+    pub fn route(&self, r: Router<'_>, x: View<'_>, routes: &mut Routes) -> Result<(), KernelError> {
+        let e = r.weight.rows();
+        let groups = r.groups.is_none_or(|g| {
+            g.count > 0
+                && e.is_multiple_of(g.count)
+                && g.used > 0
+                && g.used <= g.count
+                && r.used <= g.used * (e / g.count)
+        });
+        let correction = r.correction.is_none_or(|c| c.len() == e);
+        let ok = r.weight.count() == 1 && r.weight.cols() == x.cols() && r.used > 0 && r.used <= e;
+        shape(ok && groups && correction, "route", || {
+            format!("{e} experts, {} used, groups {:?}", r.used, r.groups)
+        })?;
+        self.0.route(r, x, routes)
+    }
+
+    /// `out (=|+=) sum_k weight_k expert_k(x) + shared(x)`; `experts` are stacks of one matrix per expert.
+    pub fn moe(
+        &self,
+        experts: Ffn<'_>,
+        routes: &Routes,
+        shared: Option<Ffn<'_>>,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError> {
+        Self::check_ffn(&experts, x.cols(), "moe")?;
+        if let Some(s) = &shared {
+            Self::check_ffn(s, x.cols(), "moe, shared")?;
+        }
+        let e = experts.gate.count();
+        let n = x.rows() * routes.used;
+        let ids = routes.ids.len() == n
+            && routes.weights.len() == n
+            && routes.ids.iter().all(|&i| (i as usize) < e);
+        shape(ids && x.rows() == out.rows() && x.cols() == out.cols(), "moe", || {
+            format!("{} routes", routes.ids.len())
+        })?;
+        self.0.moe(experts, routes, shared, x, out, write)
+    }
+
+    /// Stores row i of x `[n, width]` in slot `slots[i]`.
+    pub fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+        let inside = slots.iter().all(|&s| (s as usize) < cache.slots());
+        shape(inside && slots.len() == x.rows() && x.cols() == cache.width(), "kv_write", || {
+            format!("x [{}, {}], cache [{}, {}]", x.rows(), x.cols(), cache.slots(), cache.width())
+        })?;
+        self.0.kv_write(x, cache, slots)
+    }
+
+    fn check_visible(v: &Visible, n: usize, slots: usize, op: &str) -> Result<(), KernelError> {
+        let inside = v.spans.iter().all(|s| s.start as usize + s.len as usize <= slots);
+        let seen = (0..v.rows()).all(|i| !v.row(i).is_empty());
+        shape(v.rows() == n && inside && seen, op, || format!("spans of {} rows for {n} queries", v.rows()))
+    }
+
+    /// Grouped-query attention; out `[n, heads * value_dim]`.
+    pub fn attention(&self, a: Attention<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        let ok = a.kv_heads > 0
+            && a.heads.is_multiple_of(a.kv_heads)
+            && a.k.width().is_multiple_of(a.kv_heads)
+            && a.v.width().is_multiple_of(a.kv_heads);
+        shape(ok, "attention", || format!("{} heads, {} kv heads", a.heads, a.kv_heads))?;
+        let (kd, vd) = (a.k.width() / a.kv_heads, a.v.width() / a.kv_heads);
+        let n = a.q.rows();
+        let q2 = a.q_sink.is_none_or(|s| s.rows() == n && s.cols() == a.q.cols());
+        let fits = a.q.cols() == a.heads * kd && out.cols() == a.heads * vd && out.rows() == n;
+        shape(q2 && fits && a.k.slots() == a.v.slots(), "attention", || {
+            format!(
+                "{} heads of {kd}/{vd}, q [{n}, {}], out [{}, {}]",
+                a.heads,
+                a.q.cols(),
+                out.rows(),
+                out.cols()
+            )
+        })?;
+        Self::check_visible(a.visible, n, a.k.slots(), "attention")?;
+        self.0.attention(a, out)
+    }
+
+    /// Multi-head latent attention; out `[n, heads * value]`.
+    pub fn mla(&self, m: Mla<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        let (h, n, c) = (m.heads, m.q.rows(), m.latent.width());
+        let up = match m.up {
+            MlaUp::Split { k_b, v_b } => {
+                let k = k_b.count() == h && k_b.rows() == c && k_b.cols() == m.nope;
+                k && v_b.count() == h && v_b.rows() == m.value && v_b.cols() == c
+            }
+            MlaUp::Joint { kv_b } => {
+                kv_b.count() == 1 && kv_b.rows() == h * (m.nope + m.value) && kv_b.cols() == c
+            }
+        };
+        let q2 = m.q_sink.is_none_or(|s| s.rows() == n && s.cols() == m.q.cols());
+        let q = m.q.cols() == h * (m.nope + m.rope)
+            && m.k_pe.width() == m.rope
+            && m.k_pe.slots() == m.latent.slots();
+        shape(h > 0 && up && q && q2 && out.rows() == n && out.cols() == h * m.value, "mla", || {
+            let dims = format!("nope {}, rope {}, value {}, latent {c}", m.nope, m.rope, m.value);
+            format!("{h} heads, {dims}, q [{n}, {}], out [{}, {}]", m.q.cols(), out.rows(), out.cols())
+        })?;
+        Self::check_visible(m.visible, n, m.latent.slots(), "mla")?;
+        self.0.mla(m, out)
+    }
+}

@@ -1,0 +1,217 @@
+//! Cache types: reading runs of cached rows into f32 scratch, and writing rows. One row of a table per type, one column per
+//! ISA. Knows slots and columns; nothing of attention.
+
+use super::isa::Isa;
+use super::lanes::{Kernel, Simd, W, padded};
+use crate::KvBuf;
+use quant::DType;
+
+/// Columns `col..col + len` of `rows` cache rows from `slot` on, to f32 rows of `stride`, zeros up to whole vectors.
+#[derive(Clone, Copy)]
+pub struct Read<'a> {
+    cache: &'a KvBuf,
+    slot: usize,
+    rows: usize,
+    col: usize,
+    len: usize,
+    dst: *mut f32,
+    stride: usize,
+}
+
+trait Codec {
+    /// Elements of a block and its bytes.
+    const BLOCK: (usize, usize);
+    /// Elements `at..at + 16` of a row, `at` a multiple of 16.
+    ///
+    /// # Safety
+    /// The row must hold them.
+    unsafe fn lanes<S: Simd>(s: S, row: *const u8, at: usize) -> S::V;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+struct Q8;
+struct Q4;
+
+impl Codec for F32 {
+    const BLOCK: (usize, usize) = (1, 4);
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(s: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: the caller's; loads are unaligned.
+        unsafe { s.load(row.add(4 * at).cast()) }
+    }
+}
+
+impl Codec for F16 {
+    const BLOCK: (usize, usize) = (1, 2);
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(s: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { s.load_f16(row.add(2 * at)) }
+    }
+}
+
+impl Codec for Bf16 {
+    const BLOCK: (usize, usize) = (1, 2);
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(s: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { s.load_bf16(row.add(2 * at)) }
+    }
+}
+
+/// The block's scale: the half at its start.
+///
+/// # Safety
+/// Two bytes must be readable.
+#[inline(always)]
+unsafe fn scale(block: *const u8) -> f32 {
+    // SAFETY: the caller's.
+    half::f16::from_le_bytes(unsafe { block.cast::<[u8; 2]>().read_unaligned() }).to_f32()
+}
+
+impl Codec for Q8 {
+    const BLOCK: (usize, usize) = (32, 34);
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(s: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: a block is a half and 32 bytes; 16 lanes never straddle two.
+        unsafe {
+            let block = row.add(at / 32 * 34);
+            s.mul(s.load_i8(block.add(2 + at % 32)), s.splat(scale(block)))
+        }
+    }
+}
+
+impl Codec for Q4 {
+    const BLOCK: (usize, usize) = (32, 18);
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(s: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: a block is a half and 16 bytes: elements 0..16 in the low nibbles, 16..32 in the high ones.
+        unsafe {
+            let block = row.add(at / 32 * 18);
+            let q = if at.is_multiple_of(32) {
+                s.load_u4::<false>(block.add(2))
+            } else {
+                s.load_u4::<true>(block.add(2))
+            };
+            s.mul(s.sub(q, s.splat(8.0)), s.splat(scale(block)))
+        }
+    }
+}
+
+struct ReadAs<'a, C>(Read<'a>, std::marker::PhantomData<C>);
+
+impl<C: Codec> Kernel for ReadAs<'_, C> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let r = self.0;
+        let whole = r.len / W * W;
+        let aligned = C::BLOCK.0 == 1 || r.col.is_multiple_of(W);
+        for i in 0..r.rows {
+            let row = r.cache.row(r.slot + i).as_ptr();
+            // SAFETY: `read` checked rows and columns against the cache and dst against rows * stride.
+            unsafe {
+                let dst = r.dst.add(i * r.stride);
+                if aligned {
+                    // Element-wise types may start anywhere: step the pointer, not the index.
+                    let (row, col) =
+                        if C::BLOCK.0 == 1 { (row.add(r.col * C::BLOCK.1), 0) } else { (row, r.col) };
+                    let mut at = 0;
+                    while at < whole {
+                        s.store(C::lanes(s, row, col + at), dst.add(at));
+                        at += W;
+                    }
+                }
+                if !aligned || whole < r.len {
+                    tail::<C>(&r, r.slot + i, if aligned { whole } else { 0 }, dst);
+                }
+            }
+        }
+    }
+}
+
+/// Elements from `at` on through the format's own reader, then zeros to the end of the vector.
+///
+/// # Safety
+/// As [`ReadAs`].
+#[inline(never)]
+unsafe fn tail<C: Codec>(r: &Read<'_>, slot: usize, at: usize, dst: *mut f32) {
+    let (block, bytes) = C::BLOCK;
+    let mut values = [0.0f32; 32];
+    let row = r.cache.row(slot);
+    for j in at..padded(r.len) {
+        let mut x = 0.0;
+        if j < r.len {
+            let b = (r.col + j) / block;
+            (r.cache.dtype().format().dequantize)(&row[b * bytes..][..bytes], &mut values[..block]);
+            x = values[(r.col + j) % block];
+        }
+        // SAFETY: j < padded(len) <= stride.
+        unsafe { *dst.add(j) = x };
+    }
+}
+
+type Reader = fn(Isa, Read<'_>);
+
+fn reader<C: Codec>(isa: Isa, r: Read<'_>) {
+    isa.vectorize(ReadAs::<C>(r, std::marker::PhantomData));
+}
+
+/// The table of cache types: how each is read.
+static READERS: [(DType, Reader); 5] = [
+    (DType::F32, reader::<F32>),
+    (DType::F16, reader::<F16>),
+    (DType::BF16, reader::<Bf16>),
+    (DType::Q8_0, reader::<Q8>),
+    (DType::Q4_0, reader::<Q4>),
+];
+
+/// Reads columns `col..col + len` of `rows` rows from `slot` on into rows of `stride` floats, zero-padded to whole vectors.
+///
+/// # Safety
+/// `dst` must be writable for `rows * stride` floats.
+pub unsafe fn read(
+    isa: Isa,
+    cache: &KvBuf,
+    slot: usize,
+    rows: usize,
+    col: usize,
+    len: usize,
+    dst: *mut f32,
+    stride: usize,
+) {
+    assert!(slot + rows <= cache.slots() && col + len <= cache.width() && padded(len) <= stride);
+    let dtype = cache.dtype();
+    let (_, reader) = READERS.iter().find(|(d, _)| *d == dtype).expect("KvBuf takes only these types");
+    reader(isa, Read { cache, slot, rows, col, len, dst, stride });
+}
+
+/// Stores `x` in `slot`.
+pub fn write(isa: Isa, x: &[f32], cache: &mut KvBuf, slot: usize) {
+    struct Halves<'a>(&'a [f32], &'a mut [u8]);
+    impl Kernel for Halves<'_> {
+        type Out = usize;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> usize {
+            let whole = self.0.len() / W * W;
+            assert!(self.1.len() == 2 * self.0.len());
+            let mut at = 0;
+            while at < whole {
+                // SAFETY: at + 16 <= len of both.
+                unsafe { s.store_f16(s.load(self.0.as_ptr().add(at)), self.1.as_mut_ptr().add(2 * at)) };
+                at += W;
+            }
+            whole
+        }
+    }
+    let quantize = cache.dtype().format().quantize.expect("every cache type can be written");
+    let halves = cache.dtype() == DType::F16 && !matches!(isa, Isa::Portable | Isa::Scalar);
+    let row = cache.row_mut(slot);
+    let done = if halves { isa.vectorize(Halves(x, row)) } else { 0 };
+    if done < x.len() {
+        let bytes = if done > 0 { 2 * done } else { 0 };
+        quantize(&x[done..], &mut row[bytes..], None);
+    }
+}

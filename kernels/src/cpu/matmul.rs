@@ -1,0 +1,224 @@
+//! Products of weight matrices with activations: what is rounded, how rows are shared out among threads, and where results go.
+//! Knows no format and no instruction set.
+//!
+//! [`matmul`] is the whole product as one parallel loop. Fused operations (a feed-forward layer, experts) build their own
+//! loop from the same parts, all of which run on the calling thread:
+//!
+//! 1. `Quantized::set` rounds the input once for all products that share it; [`Input`] pairs it with the f32 original.
+//! 2. [`columns`] picks the rows of the input that a product is for (all, or an expert's tokens), as its weight wants them.
+//! 3. [`product`] multiplies any range of the weight's rows with them into the caller's scratch, `y[column][row]`.
+//!    Ranges that are multiples of [`TILE`] rows are the efficient ones; [`chunk`] proposes a size.
+//! 4. The caller applies what follows (activation, bias, scale) and writes; a hidden layer can be rounded straight
+//!    into the next product's `Quantized` through `Quantized::writer`.
+//!
+//! A result depends on the weight row and the input row alone: not on the range, the other columns, the threads or (where the
+//! CPU has fused multiply-add) the instruction set.
+
+use super::Pool;
+use super::isa::Isa;
+use super::quantized::{Block, Quantized};
+use super::table::{self, FEW, Kernel};
+use crate::backend::Write;
+use crate::{Vector, View, ViewMut, Weight};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Rows that the kernels for many columns take at once.
+pub const TILE: usize = 32;
+
+/// Bytes of weights that one claimed piece of work reads, about: long enough to stream, short enough to balance.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// The input of products: as it came, and rounded. `quantized` may be `None` if every weight is a float format.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    /// `[n, in]`.
+    pub float: View<'a>,
+    /// The same, rounded.
+    pub quantized: Option<&'a Quantized>,
+}
+
+/// Rows of an [`Input`] in the form that a weight's format multiplies with.
+pub enum Columns<'a> {
+    /// Rounded.
+    Quantized(Vec<&'a [Block]>),
+    /// As they came.
+    Float(Vec<&'a [f32]>),
+}
+
+impl Columns<'_> {
+    /// Number of columns.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Quantized(c) => c.len(),
+            Self::Float(c) => c.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Whether products with `w` need [`Input::quantized`].
+pub fn needs_quantized(w: &Weight) -> bool {
+    table::rounds_activations(w.dtype())
+}
+
+/// The rows `tokens` of `x` as `w` wants them. Panics if rounded activations are needed and missing.
+pub fn columns<'a>(w: &Weight, x: Input<'a>, tokens: impl Iterator<Item = usize>) -> Columns<'a> {
+    if needs_quantized(w) {
+        let q = x.quantized.expect("this format multiplies with rounded activations");
+        assert_eq!(q.cols(), w.cols());
+        Columns::Quantized(tokens.map(|t| q.row(t)).collect())
+    } else {
+        assert_eq!(x.float.cols(), w.cols());
+        Columns::Float(tokens.map(|t| x.float.row(t)).collect())
+    }
+}
+
+/// `y[c * rows.len() + i] = row (rows.start + i) of weight[m] . column c`, on the calling thread.
+pub fn product(w: &Weight, m: usize, rows: Range<usize>, x: &Columns<'_>, y: &mut [f32]) {
+    product_with(Isa::current(), w, m, rows, x, y);
+}
+
+/// The same with a chosen instruction set.
+pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Columns<'_>, y: &mut [f32]) {
+    assert!(m < w.count() && rows.start <= rows.end && rows.end <= w.rows());
+    assert_eq!(y.len(), rows.len() * x.len());
+    if y.is_empty() {
+        return;
+    }
+    let bytes = w.row_bytes();
+    let rows = &w.matrix(m)[rows.start * bytes..rows.end * bytes];
+    match (table::kernel(w.dtype(), isa), x) {
+        // SAFETY: a value of `Isa` exists only where the CPU has it.
+        (Kernel::Quantized(k), Columns::Quantized(x)) => unsafe {
+            assert!(x.iter().all(|x| x.len() * super::quantized::BLOCK >= w.cols()));
+            (if x.len() > FEW { k.many } else { k.few })(rows, bytes, x, y);
+        },
+        // SAFETY: as above.
+        (Kernel::Float(k), Columns::Float(x)) => unsafe {
+            assert!(x.iter().all(|x| x.len() == w.cols()));
+            (if x.len() > FEW { k.many } else { k.few })(rows, bytes, x, y);
+        },
+        _ => panic!("the columns were made for another format than {}", w.dtype()),
+    }
+}
+
+/// How many rows of `w` one piece of work should take for `n` columns on `threads` threads.
+pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
+    let fair = w.rows().div_ceil(4 * threads).next_multiple_of(TILE);
+    let by_bytes = if n > FEW { TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
+    by_bytes.min(fair).max(TILE)
+}
+
+thread_local! {
+    static ROUNDED: RefCell<Quantized> = RefCell::default();
+    static RESULT: RefCell<Vec<f32>> = RefCell::default();
+}
+
+/// Calls `f` with this thread's scratch for `len` results (not cleared).
+pub fn with_scratch<T>(len: usize, f: impl FnOnce(&mut [f32]) -> T) -> T {
+    // Taken out, not borrowed: `f` may call this again.
+    let mut v = RESULT.take();
+    if v.len() < len {
+        v.resize(len, 0.0);
+    }
+    let t = f(&mut v[..len]);
+    RESULT.set(v);
+    t
+}
+
+/// Where the rows of a product are written, by several threads at once.
+struct Sink {
+    out: *mut f32,
+    stride: usize,
+}
+// SAFETY: each piece of work writes its own range of columns.
+unsafe impl Sync for Sink {}
+
+/// `out (=|+=) weight[m] x + bias`; x `[n, in]`, out `[n, out]`.
+pub fn matmul(
+    pool: &Pool,
+    w: &Weight,
+    m: usize,
+    x: View<'_>,
+    bias: Option<&Vector>,
+    out: ViewMut<'_>,
+    write: Write,
+) {
+    if needs_quantized(w) {
+        let mut q = ROUNDED.take();
+        q.set(pool, x);
+        multiply(pool, w, m, Input { float: x, quantized: Some(&q) }, bias, out, write);
+        ROUNDED.set(q);
+    } else {
+        multiply(pool, w, m, Input { float: x, quantized: None }, bias, out, write);
+    }
+}
+
+/// The same, its input rounded already.
+pub fn multiply(
+    pool: &Pool,
+    w: &Weight,
+    m: usize,
+    x: Input<'_>,
+    bias: Option<&Vector>,
+    out: ViewMut<'_>,
+    write: Write,
+) {
+    multiply_with(Isa::current(), pool, w, m, x, bias, out, write);
+}
+
+/// The same with a chosen instruction set.
+pub fn multiply_with(
+    isa: Isa,
+    pool: &Pool,
+    w: &Weight,
+    m: usize,
+    x: Input<'_>,
+    bias: Option<&Vector>,
+    mut out: ViewMut<'_>,
+    write: Write,
+) {
+    let n = out.rows();
+    if n == 0 {
+        return;
+    }
+    assert!(out.cols() == w.rows() && bias.is_none_or(|b| b.len() == w.rows()));
+    let columns = columns(w, x, 0..n);
+    let (out, stride) = out.raw();
+    let sink = &Sink { out, stride };
+    let step = chunk(w, n, pool.threads());
+    // A single row's pieces end where a cache line of the output ends, so that no two threads write to one.
+    let lead = if n == 1 { out.align_offset(64).min(w.rows()) } else { 0 };
+    pool.run((w.rows() - lead).div_ceil(step).max(1), |i| {
+        let start = if i == 0 { 0 } else { lead + i * step };
+        let end = (lead + (i + 1) * step).min(w.rows());
+        with_scratch((end - start) * n, |y| {
+            product_with(isa, w, m, start..end, &columns, y);
+            for (t, y) in y.chunks_exact(end - start).enumerate() {
+                // SAFETY: row t, columns start..end of `out`, which `out.cols() == w.rows()` holds; this piece's alone.
+                let o = unsafe {
+                    std::slice::from_raw_parts_mut(sink.out.add(t * sink.stride + start), end - start)
+                };
+                store(o, y, bias.map(|b| &b.data[start..end]), write);
+            }
+        });
+    });
+}
+
+fn store(out: &mut [f32], y: &[f32], bias: Option<&[f32]>, write: Write) {
+    let add = write == Write::Add;
+    match bias {
+        None if add => out.iter_mut().zip(y).for_each(|(o, y)| *o += y),
+        None => out.copy_from_slice(y),
+        Some(b) => {
+            for ((o, y), b) in out.iter_mut().zip(y).zip(b) {
+                *o = (if add { *o } else { 0.0 }) + (y + b);
+            }
+        }
+    }
+}

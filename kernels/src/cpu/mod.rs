@@ -1,0 +1,220 @@
+//! The CPU backend: glue between the `Backend` trait and the files beside this one.
+
+mod attention;
+mod cache;
+pub mod isa;
+mod lanes;
+pub mod machine;
+mod math;
+pub mod matmul;
+mod moe;
+mod ops;
+mod pool;
+mod portable;
+pub mod quantized;
+mod round;
+mod router;
+mod scalar;
+mod scratch;
+mod simd;
+pub mod table;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+pub use pool::Pool;
+
+use crate::backend::*;
+use crate::{Buf, KernelError, KvBuf, Vector, View, ViewMut, Weight};
+use quant::DType;
+use scratch::Shared;
+use std::sync::{Mutex, MutexGuard};
+
+/// Working memory, kept between calls.
+struct Memory {
+    attention: attention::Memory,
+    moe: moe::Memory,
+    router: router::Memory,
+}
+
+/// Runs everything on the host's cores; weights stay where they are (mapped), never repacked.
+pub struct CpuBackend {
+    pool: Pool,
+    isa: isa::Isa,
+    mem: Mutex<Memory>,
+}
+
+impl CpuBackend {
+    /// A backend with `threads` threads (at least one).
+    pub fn new(threads: usize) -> Self {
+        let pool = Pool::new(threads);
+        let attention = attention::Memory::new(pool.threads());
+        let mem = Mutex::new(Memory { attention, moe: Default::default(), router: Default::default() });
+        let isa = isa::Isa::current();
+        Self { pool, isa, mem }
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        // What a panicked call left behind is overwritten by the next.
+        self.mem.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Calls `f(i, row i)` for every row of a window, in parallel where that pays.
+    fn each(&self, out: &mut ViewMut<'_>, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let (rows, cols) = (out.rows(), out.cols());
+        if rows == 0 {
+            return;
+        }
+        let (ptr, stride) = out.raw();
+        let ptr = Shared(ptr);
+        self.pool.share(rows, rows * cols, |i| {
+            // SAFETY: rows are disjoint, and each index is run once.
+            f(i, unsafe { std::slice::from_raw_parts_mut(ptr.at(i * stride), cols) });
+        });
+    }
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> String {
+        format!("cpu ({}, {} threads)", isa::Isa::current().name(), self.pool.threads())
+    }
+
+    fn reserve(&self, limits: &Limits) -> Result<usize, KernelError> {
+        isa::Isa::active()?;
+        let mut mem = self.memory();
+        let fixed = mem.attention.areas.bytes();
+        let states = mem.attention.store.reserve(attention::Memory::floats(limits))?;
+        let rounded = mem.moe.reserve(limits.tokens, limits.max_in, limits.max_hidden)?;
+        Ok(fixed + states + rounded)
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {
+        Ok(Buf::host(rows, cols))
+    }
+
+    fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError> {
+        KvBuf::host(dtype, slots, width)
+    }
+
+    fn upload(&self, host: Weight) -> Result<Weight, KernelError> {
+        Ok(host)
+    }
+
+    fn write(&self, mut out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError> {
+        let cols = out.cols();
+        for i in 0..out.rows() {
+            out.row_mut(i).copy_from_slice(&values[i * cols..][..cols]);
+        }
+        Ok(())
+    }
+
+    fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError> {
+        for (i, row) in values.chunks_exact_mut(x.cols()).enumerate() {
+            row.copy_from_slice(x.row(i));
+        }
+        Ok(())
+    }
+
+    fn gather(&self, x: View<'_>, rows: &[u32], mut out: ViewMut<'_>) -> Result<(), KernelError> {
+        for (i, &r) in rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(r as usize));
+        }
+        Ok(())
+    }
+
+    fn embed(
+        &self,
+        table: &Weight,
+        ids: &[u32],
+        scale: f32,
+        mut out: ViewMut<'_>,
+    ) -> Result<(), KernelError> {
+        let dequantize = table.dtype().format().dequantize;
+        self.each(&mut out, |i, row| {
+            dequantize(table.row(0, ids[i] as usize), row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|v| *v *= scale);
+            }
+        });
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: View<'_>, w: &Vector, eps: f32, mut out: ViewMut<'_>) -> Result<(), KernelError> {
+        self.each(&mut out, |i, row| ops::rms_norm(self.isa, x.row(i), &w.data, eps, row));
+        Ok(())
+    }
+
+    fn rms_norm_heads(&self, mut x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError> {
+        self.each(&mut x, |_, row| {
+            let heads = row.chunks_exact_mut(w.len());
+            heads.for_each(|head| ops::rms_norm_in_place(self.isa, head, &w.data, eps));
+        });
+        Ok(())
+    }
+
+    fn add(&self, x: View<'_>, mut acc: ViewMut<'_>) -> Result<(), KernelError> {
+        self.each(&mut acc, |i, row| ops::axpy(self.isa, 1.0, x.row(i), row));
+        Ok(())
+    }
+
+    fn rope(&self, mut x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
+        self.each(&mut x, |i, row| {
+            let (cos, sin) = cos_sin.row(i).split_at(heads.dims / 2);
+            ops::rope(self.isa, row, heads.head_dim, heads.offset, heads.style, cos, sin);
+        });
+        Ok(())
+    }
+
+    fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
+        let mem = &mut *self.memory();
+        let quantized = products.iter().any(|p| matmul::needs_quantized(p.weight)).then(|| {
+            mem.moe.x.set_with(self.isa, &self.pool, x);
+            &mem.moe.x
+        });
+        let x = matmul::Input { float: x, quantized };
+        for p in products {
+            matmul::multiply(&self.pool, p.weight, 0, x, p.bias, p.out.reborrow(), p.write);
+        }
+        Ok(())
+    }
+
+    fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError> {
+        moe::ffn(&self.pool, self.isa, &mut self.memory().moe, f, x, out, write);
+        Ok(())
+    }
+
+    fn route(&self, r: Router<'_>, x: View<'_>, routes: &mut Routes) -> Result<(), KernelError> {
+        router::route(&self.pool, self.isa, &mut self.memory().router, r, x, routes);
+        Ok(())
+    }
+
+    fn moe(
+        &self,
+        experts: Ffn<'_>,
+        routes: &Routes,
+        shared: Option<Ffn<'_>>,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError> {
+        let mem = &mut self.memory().moe;
+        moe::moe(&self.pool, self.isa, mem, experts, routes, shared, x, out, write);
+        Ok(())
+    }
+
+    fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+        for (i, &slot) in slots.iter().enumerate() {
+            cache::write(self.isa, x.row(i), cache, slot as usize);
+        }
+        Ok(())
+    }
+
+    fn attention(&self, a: Attention<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        attention::attention(&self.pool, self.isa, &mut self.memory().attention, a, out)
+    }
+
+    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        attention::mla(&self.pool, self.isa, &mut self.memory().attention, m, out)
+    }
+}

@@ -1,0 +1,86 @@
+//! The kernel table: which function multiplies which format on which instruction set. With `quant::FORMATS`, the only place
+//! that lists formats: a new format is a row here and an unpacking per instruction set.
+
+use super::isa::Isa;
+use super::quantized::Block;
+#[cfg(target_arch = "x86_64")]
+use super::x86_64::{avx2, avx512};
+use super::{portable, scalar};
+use quant::DType;
+
+/// `y[c * rows + r] = row r of w . x[c]`, where `w` holds `rows = y.len() / x.len()` rows of `row_bytes` bytes, each of at most
+/// `x[c].len()` values (floats) or groups of 256 (blocks).
+///
+/// # Safety
+/// The CPU has the instruction set that the function was listed under.
+pub type Rows<X> = unsafe fn(w: &[u8], row_bytes: usize, x: &[&[X]], y: &mut [f32]);
+
+/// The kernels of one format on one instruction set. Both give the same bits; they differ in speed.
+#[derive(Clone, Copy)]
+pub struct Kernels<X> {
+    /// For one to [`FEW`] columns: reads weights once, straight from memory.
+    pub few: Rows<X>,
+    /// For more: unpacks tiles of weights and multiplies them by all columns.
+    pub many: Rows<X>,
+}
+
+/// Up to how many columns `few` is the faster one.
+pub const FEW: usize = 3;
+
+/// What a format multiplies with.
+#[derive(Clone, Copy)]
+pub enum Kernel {
+    /// Activations rounded to int8.
+    Quantized(Kernels<Block>),
+    /// Activations as they are.
+    Float(Kernels<f32>),
+}
+
+/// Whether products with this format read rounded activations (or else f32 ones).
+pub fn rounds_activations(dtype: DType) -> bool {
+    !matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The kernels for `dtype` on `isa`.
+pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
+    macro_rules! same {
+        ($which:ident, $f:expr) => {
+            Kernel::$which(Kernels { few: $f, many: $f })
+        };
+    }
+    macro_rules! table {
+        (quantized: $($q:ident)*; float: $($f:ident)*) => {
+            match (dtype, isa) {
+                $(
+                    (DType::$q, Isa::Scalar) => same!(Quantized, scalar::rows::<scalar::$q>),
+                    (DType::$q, Isa::Portable) => same!(Quantized, portable::rows::<scalar::$q>),
+                    #[cfg(target_arch = "x86_64")]
+                    (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(Kernels {
+                        few: avx2::few::<scalar::$q>,
+                        many: avx2::many::<scalar::$q>,
+                    }),
+                    #[cfg(target_arch = "x86_64")]
+                    (DType::$q, Isa::Avx512(_)) => Kernel::Quantized(Kernels {
+                        few: avx512::few::<scalar::$q>,
+                        many: avx512::many::<scalar::$q>,
+                    }),
+                )*
+                $(
+                    (DType::$f, Isa::Scalar) => same!(Float, scalar::float_rows::<scalar::$f>),
+                    (DType::$f, Isa::Portable) => same!(Float, portable::float_rows::<scalar::$f>),
+                    #[cfg(target_arch = "x86_64")]
+                    (DType::$f, Isa::Avx2(_)) => same!(Float, avx2::float_rows::<scalar::$f>),
+                    #[cfg(target_arch = "x86_64")]
+                    (DType::$f, Isa::Avx512(_)) => Kernel::Float(Kernels {
+                        few: avx512::float_few::<scalar::$f>,
+                        many: avx512::float_many::<scalar::$f>,
+                    }),
+                )*
+            }
+        };
+    }
+    table! {
+        quantized: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ4_NL IQ4_XS MXFP4;
+        float: F32 F16 BF16
+    }
+}

@@ -1,0 +1,26 @@
+//! AVX2, FMA and F16C: `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in 16 bits, so weights come either as
+//! small unsigned bytes or as signed ones whose sign is moved to the activations.
+
+mod few;
+mod float;
+mod formats;
+pub mod lanes;
+mod many;
+mod peak;
+
+pub use few::few;
+pub use float::rows as float_rows;
+pub use formats::Unpack;
+pub use many::many;
+pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
+
+use std::arch::x86_64::*;
+
+/// The final sum of eight lanes.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn tree(a: __m256) -> f32 {
+    let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+    let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+}
