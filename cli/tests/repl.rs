@@ -18,7 +18,8 @@ struct Terminal {
 impl Terminal {
     /// `None` (said, and a failure in CI) where there is no `script`.
     fn open(home: &std::path::Path, args: &str) -> Option<Self> {
-        let command = format!("{} {args}", env!("CARGO_BIN_EXE_rsinfer"));
+        // `exec`: a shell that stayed between would hear Ctrl-C too and end with 130 for it.
+        let command = format!("exec {} {args}", env!("CARGO_BIN_EXE_rsinfer"));
         let child = Command::new("script")
             .args(["-qfec", &command, "/dev/null"])
             .env("TERM", "xterm")
