@@ -112,7 +112,7 @@ def learn_texts(net, tok, text, a, save_now):
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=a.lr,
                             betas=(0.9, 0.95), fused=True)
     start, seen, done, shown = time.time(), 0, 0, 0.0
-    for x in batches(tok, 11, text, a.batch, CFG["max_position_embeddings"]):
+    for x in batches(tok, a.seed, text, a.batch, CFG["max_position_embeddings"]):
         share = (time.time() - start) / (a.minutes * 60)
         if share >= 1:
             break
@@ -164,6 +164,7 @@ def main():
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--batch", type=int, default=16)
     ap.add_argument("--lr", type=float, default=2e-3)
+    ap.add_argument("--seed", type=int, default=11, help="of the texts; another one when going on, so that none comes twice")
     ap.add_argument("--amp", type=int, default=1, help="1: multiply in BF16")
     ap.add_argument("--resume", action="store_true", help="go on from OUT_DIR's weights, without the copying stage")
     a = ap.parse_args()
