@@ -17,7 +17,7 @@
 use super::Pool;
 use super::isa::Isa;
 use super::quantized::{Block, Quantized};
-use super::table::{self, FEW, Kernel};
+use super::table::{self, Kernel, SEVERAL};
 use crate::backend::Write;
 use crate::{Vector, View, ViewMut, Weight};
 use std::cell::RefCell;
@@ -96,12 +96,12 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
         // SAFETY: a value of `Isa` exists only where the CPU has it.
         (Kernel::Quantized(k), Columns::Quantized(x)) => unsafe {
             assert!(x.iter().all(|x| x.len() * super::quantized::BLOCK >= w.cols()));
-            (if x.len() > FEW { k.many } else { k.few })(rows, bytes, x, y);
+            k.of(x.len())(rows, bytes, x, y);
         },
         // SAFETY: as above.
         (Kernel::Float(k), Columns::Float(x)) => unsafe {
             assert!(x.iter().all(|x| x.len() == w.cols()));
-            (if x.len() > FEW { k.many } else { k.few })(rows, bytes, x, y);
+            k.of(x.len())(rows, bytes, x, y);
         },
         _ => panic!("the columns were made for another format than {}", w.dtype()),
     }
@@ -110,7 +110,7 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
 /// How many rows of `w` one piece of work should take for `n` columns on `threads` threads.
 pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
     let fair = w.rows().div_ceil(4 * threads).next_multiple_of(TILE);
-    let by_bytes = if n > FEW { TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
+    let by_bytes = if n > SEVERAL { TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
     by_bytes.min(fair).max(TILE)
 }
 

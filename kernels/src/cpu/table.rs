@@ -15,17 +15,34 @@ use quant::DType;
 /// The CPU has the instruction set that the function was listed under.
 pub type Rows<X> = unsafe fn(w: &[u8], row_bytes: usize, x: &[&[X]], y: &mut [f32]);
 
-/// The kernels of one format on one instruction set. Both give the same bits; they differ in speed.
+/// The kernels of one format on one instruction set. All give the same bits; they differ in speed.
 #[derive(Clone, Copy)]
 pub struct Kernels<X> {
     /// For one to [`FEW`] columns: reads weights once, straight from memory.
     pub few: Rows<X>,
+    /// For up to [`SEVERAL`]: the same for a batch of sequences, which shares the unpacking.
+    pub several: Rows<X>,
     /// For more: unpacks tiles of weights and multiplies them by all columns.
     pub many: Rows<X>,
 }
 
 /// Up to how many columns `few` is the faster one.
 pub const FEW: usize = 3;
+/// Up to how many columns `several` is.
+pub const SEVERAL: usize = 16;
+
+impl<X> Kernels<X> {
+    /// The one for `n` columns.
+    pub fn of(&self, n: usize) -> Rows<X> {
+        if n <= FEW {
+            self.few
+        } else if n <= SEVERAL {
+            self.several
+        } else {
+            self.many
+        }
+    }
+}
 
 /// What a format multiplies with.
 #[derive(Clone, Copy)]
@@ -45,7 +62,7 @@ pub fn rounds_activations(dtype: DType) -> bool {
 pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
     macro_rules! same {
         ($which:ident, $f:expr) => {
-            Kernel::$which(Kernels { few: $f, many: $f })
+            Kernel::$which(Kernels { few: $f, several: $f, many: $f })
         };
     }
     macro_rules! table {
@@ -57,11 +74,13 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     #[cfg(target_arch = "x86_64")]
                     (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(Kernels {
                         few: avx2::few::<scalar::$q>,
+                        several: avx2::many::<scalar::$q>,
                         many: avx2::many::<scalar::$q>,
                     }),
                     #[cfg(target_arch = "x86_64")]
                     (DType::$q, Isa::Avx512(_)) => Kernel::Quantized(Kernels {
                         few: avx512::few::<scalar::$q>,
+                        several: avx512::several::<scalar::$q>,
                         many: avx512::many::<scalar::$q>,
                     }),
                 )*
@@ -73,6 +92,7 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     #[cfg(target_arch = "x86_64")]
                     (DType::$f, Isa::Avx512(_)) => Kernel::Float(Kernels {
                         few: avx512::float_few::<scalar::$f>,
+                        several: avx512::float_many::<scalar::$f>,
                         many: avx512::float_many::<scalar::$f>,
                     }),
                 )*

@@ -6,12 +6,15 @@ mod formats;
 pub mod lanes;
 mod many;
 mod peak;
+mod runs;
+mod several;
 
 pub use few::few;
 pub use float::{few as float_few, many as float_many};
 pub use formats::Unpack;
 pub use many::many;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
+pub use several::several;
 
 use std::arch::x86_64::*;
 
