@@ -1,6 +1,6 @@
 """Train the demo model: a small DeepSeek-V3 (MLA, mixture of experts) that a laptop can train in an hour.
 
-usage: train.py OUT_DIR [--minutes 60] [--shakespeare FILE] [--device cpu|cuda] [--resume]
+usage: train.py OUT_DIR [--tokens 10] [--shakespeare FILE] [--device cpu|cuda] [--resume]
 Writes OUT_DIR/{config.json, model.safetensors, tokenizer.json, tokenizer_config.json, metrics.json} under the names
 that Hugging Face's DeepseekV3ForCausalLM uses on its hub, so that any converter of that family reads it.
 """
@@ -21,7 +21,8 @@ from measure import held_out, measure
 from model import CFG, Model
 
 BOS, PAD = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>"
-SPECIAL = [BOS, corpus.EOS, PAD, corpus.USER, corpus.ASSISTANT, "<think>", "</think>"]
+SPECIAL = [BOS, corpus.EOS, PAD, corpus.USER, corpus.ASSISTANT, "<think>", "</think>"]  # ids in this order
+END, ASSISTANT = SPECIAL.index(corpus.EOS), SPECIAL.index(corpus.ASSISTANT)
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
     "{% elif m.role == 'assistant' %}{% set c = m.content %}"
@@ -61,6 +62,14 @@ def batches(tok, seed, shakespeare, size, length):
                 ids += e.ids
         x, ids = torch.tensor(ids[:need]).view(size, length + 1), ids[need:]
         yield x
+
+
+def answers(x):
+    """1 for the tokens of answers, their end included: stories are random by nature, what is asked of them is not."""
+    at = torch.arange(x.shape[1], device=x.device)
+    opened = torch.where(x == ASSISTANT, at, -1).cummax(1).values
+    closed = torch.where(x == END, at, -1).cummax(1).values
+    return ((opened >= 0) & (opened < at) & ((closed < opened) | (closed == at))).float()
 
 
 def step(net, opt, loss):
@@ -106,30 +115,33 @@ def learn_to_copy(net, tok, device, amp, rate, minutes=20.0, size=48, length=128
 
 
 def learn_texts(net, tok, text, a, save_now):
-    """Second stage: stories, questions, Shakespeare, for a.minutes; the rate follows a cosine of the time."""
+    """Second stage: stories, questions, Shakespeare, for a.tokens; the rate follows a cosine."""
     decay = [p for p in net.parameters() if p.dim() > 1]
     rest = [p for p in net.parameters() if p.dim() <= 1]
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=a.lr,
                             betas=(0.9, 0.95), fused=True)
-    start, seen, done, shown = time.time(), 0, 0, 0.0
+    start, seen, done, shown, total = time.time(), 0, 0, 0.0, a.tokens * 1e6
     for x in batches(tok, a.seed, text, a.batch, CFG["max_position_embeddings"]):
-        share = (time.time() - start) / (a.minutes * 60)
+        share = seen / total
         if share >= 1:
             break
         rate = a.lr * min(1, (done + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
         set_rate(opt, rate)
         x = x.to(a.device)
         with torch.autocast(a.device, torch.bfloat16, enabled=bool(a.amp)):
-            loss = F.cross_entropy(net(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten())
-        step(net, opt, loss)
+            out = net(x[:, :-1]).float()
+        loss = F.cross_entropy(out.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+        weight = 1 + (a.answers - 1) * answers(x)[:, 1:].flatten()
+        step(net, opt, (loss * weight).sum() / weight.sum())
         seen, done = seen + x[:, 1:].numel(), done + 1
-        shown = 0.95 * shown + 0.05 * loss.item() if shown else loss.item()
+        mean = loss.mean().item()
+        shown = 0.95 * shown + 0.05 * mean if shown else mean
         if done % 20 == 0:
             print(f"step {done} tokens {seen / 1e6:.2f}M loss {shown:.3f} lr {rate:.1e} "
                   f"{seen / (time.time() - start):.0f} tok/s {share * 100:.0f}%", flush=True)
-        if done % 400 == 0:
-            save_now(dict(step=done))
-    return dict(tokens=seen, minutes=a.minutes, loss=shown)
+        if done % 100 == 0:
+            save_now(dict(tokens=seen))
+    return dict(tokens=seen, minutes=round((time.time() - start) / 60, 1), loss=shown)
 
 
 def write_json(folder, name, data):
@@ -159,7 +171,8 @@ def save(net, out, metrics):
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out")
-    ap.add_argument("--minutes", type=float, default=60, help="of the second stage")
+    ap.add_argument("--tokens", type=float, default=10, help="of the second stage, in millions")
+    ap.add_argument("--answers", type=float, default=3, help="weight of an answer's tokens beside the others")
     ap.add_argument("--shakespeare", help="plain text to mix in; its last tenth is held out")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--batch", type=int, default=16)
