@@ -6,6 +6,7 @@
 
 use crate::{Buf, KernelError, KvBuf, Vector, View, ViewMut, Weight};
 use quant::DType;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What an operation does with its output.
@@ -219,6 +220,20 @@ pub struct Attention<'a> {
     pub visible: &'a Visible,
 }
 
+/// Attention mass: the softmax probabilities that a call's queries give to cached entries, summed over the queries and over the
+/// query heads of each key head (H2O, arXiv:2306.14048, keeps the running sum; TOVA, arXiv:2401.06104, the last query's alone;
+/// SnapKV, arXiv:2404.14469, that of the last 16 to 64).
+///
+/// An entry's mass is *added* to what `out` holds: first over the heads of the group in a fixed order, then row by row in
+/// ascending order. So the bits depend neither on threads nor on how the rows are cut into calls. Every row counted adds
+/// `heads / kv_heads` (MLA: `heads`) to the sum over its entries, up to rounding; entries a row does not see get nothing from it.
+pub struct Mass<'a> {
+    /// `[kv_heads, slots]`, slots as in the cache; `[1, slots]` for MLA, whose heads share one latent.
+    pub out: ViewMut<'a>,
+    /// The query rows of the call that count.
+    pub rows: Range<usize>,
+}
+
 /// The up-projections of the latent, as files hold them.
 #[derive(Clone, Copy)]
 pub enum MlaUp<'a> {
@@ -278,6 +293,10 @@ pub struct Limits {
     pub max_heads_out: usize,
     /// Cache entries one query may see.
     pub slots: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Whether calls ask for [`Mass`].
+    pub mass: bool,
 }
 
 /// The operations. Implementors may assume checked shapes: only [`Device`] calls these.
@@ -309,8 +328,13 @@ pub trait Backend: Send + Sync {
         write: Write,
     ) -> Result<(), KernelError>;
     fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError>;
-    fn attention(&self, a: Attention<'_>, out: ViewMut<'_>) -> Result<(), KernelError>;
-    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>) -> Result<(), KernelError>;
+    fn attention(
+        &self,
+        a: Attention<'_>,
+        out: ViewMut<'_>,
+        mass: Option<Mass<'_>>,
+    ) -> Result<(), KernelError>;
+    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>, mass: Option<Mass<'_>>) -> Result<(), KernelError>;
 }
 
 /// A backend behind its shape checks.
@@ -552,8 +576,30 @@ impl Device {
         shape(v.rows() == n && inside && seen, op, || format!("spans of {} rows for {n} queries", v.rows()))
     }
 
+    fn check_mass(mass: &Option<Mass<'_>>, n: usize, heads: usize, slots: usize) -> Result<(), KernelError> {
+        let Some(m) = mass else { return Ok(()) };
+        let rows = m.rows.start <= m.rows.end && m.rows.end <= n;
+        shape(rows && m.out.rows() == heads && m.out.cols() == slots, "attention mass", || {
+            let (r, c) = (m.out.rows(), m.out.cols());
+            format!("rows {:?} of {n}, out [{r}, {c}], not [{heads}, {slots}]", m.rows)
+        })
+    }
+
     /// Grouped-query attention; out `[n, heads * value_dim]`.
     pub fn attention(&self, a: Attention<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        self.attention_mass(a, out, None)
+    }
+
+    /// [`Device::attention`], which also adds up attention mass where asked. The outputs' bits stay what they are without.
+    ///
+    /// # Errors
+    /// Besides shapes: [`KernelError::Scratch`] where memory was reserved without [`Limits::mass`].
+    pub fn attention_mass(
+        &self,
+        a: Attention<'_>,
+        out: ViewMut<'_>,
+        mass: Option<Mass<'_>>,
+    ) -> Result<(), KernelError> {
         let ok = a.kv_heads > 0
             && a.heads.is_multiple_of(a.kv_heads)
             && a.k.width().is_multiple_of(a.kv_heads)
@@ -573,11 +619,17 @@ impl Device {
             )
         })?;
         Self::check_visible(a.visible, n, a.k.slots(), "attention")?;
-        self.0.attention(a, out)
+        Self::check_mass(&mass, n, a.kv_heads, a.k.slots())?;
+        self.0.attention(a, out, mass)
     }
 
     /// Multi-head latent attention; out `[n, heads * value]`.
     pub fn mla(&self, m: Mla<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        self.mla_mass(m, out, None)
+    }
+
+    /// [`Device::mla`], which also adds up attention mass where asked; errors as [`Device::attention_mass`].
+    pub fn mla_mass(&self, m: Mla<'_>, out: ViewMut<'_>, mass: Option<Mass<'_>>) -> Result<(), KernelError> {
         let (h, n, c) = (m.heads, m.q.rows(), m.latent.width());
         let up = match m.up {
             MlaUp::Split { k_b, v_b } => {
@@ -597,6 +649,7 @@ impl Device {
             format!("{h} heads, {dims}, q [{n}, {}], out [{}, {}]", m.q.cols(), out.rows(), out.cols())
         })?;
         Self::check_visible(m.visible, n, m.latent.slots(), "mla")?;
-        self.0.mla(m, out)
+        Self::check_mass(&mass, n, 1, m.latent.slots())?;
+        self.0.mla(m, out, mass)
     }
 }

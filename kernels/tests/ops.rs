@@ -222,3 +222,36 @@ fn cache_rows_are_written_as_the_format_says() {
         }
     }
 }
+
+#[test]
+fn attention_mass_checks_its_shape_and_adds() {
+    let mut rng = Rng(15);
+    let (dev, hd, slots) = (device(1), 16, 10);
+    let mut cache = dev.alloc_kv(DType::F32, slots, 2 * hd).unwrap();
+    let x = rng.fill(slots * 2 * hd);
+    let ids: Vec<u32> = (0..slots as u32).collect();
+    dev.kv_write(View::from_host(&x, 2 * hd), &mut cache, &ids).unwrap();
+    let mut visible = Visible::default();
+    visible.push([Span { start: 1, len: 8, sink: false }]);
+    visible.push([Span { start: 1, len: 9, sink: false }]);
+    let q = rng.fill(2 * 4 * hd);
+    let (heads, kv_heads, q, k) = (4, 2, View::from_host(&q, 4 * hd), &cache);
+    let a = Attention { heads, kv_heads, scale: 1.0, q, q_sink: None, k, v: k, visible: &visible };
+    let mut out = vec![0.0; 2 * 4 * hd];
+    let mut go = |mass: &mut [f32], cols: usize, rows| {
+        let mass = Mass { out: ViewMut::from_host(mass, cols), rows };
+        dev.attention_mass(a, ViewMut::from_host(&mut out, 4 * hd), Some(mass))
+    };
+    for (len, cols, rows) in [(10, 10, 0..2), (20, 5, 0..2), (20, 10, 0..3), (30, 10, 0..2)] {
+        let e = go(&mut vec![0.0; len], cols, rows).unwrap_err();
+        assert!(e.to_string().contains("attention mass"), "{e}");
+    }
+    let mut mass = vec![1.0; 2 * slots];
+    go(&mut mass, slots, 1..2).unwrap();
+    for head in mass.chunks_exact(slots) {
+        assert!(head[0] == 1.0 && head[1..].iter().all(|x| *x > 1.0));
+        assert!((head.iter().sum::<f32>() - 12.0).abs() < 1e-4, "two query heads gave 1 each");
+    }
+    go(&mut mass, slots, 0..0).unwrap();
+    assert!((mass.iter().sum::<f32>() - 24.0).abs() < 1e-4, "no rows, no mass");
+}

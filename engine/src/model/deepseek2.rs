@@ -159,7 +159,8 @@ impl Network for DeepSeek2 {
         let a = &self.attn;
         let max_in = a.d.max(self.hidden).max(a.heads * a.value).max(a.q_lora.unwrap_or(0));
         let max_heads_out = a.heads * a.latent.max(a.value);
-        Limits { tokens, max_in, max_hidden: self.hidden, max_heads_out, slots }
+        let (max_hidden, heads) = (self.hidden, a.heads);
+        Limits { tokens, max_in, max_hidden, max_heads_out, slots, heads, mass: false }
     }
 
     fn runner(self: Arc<Self>, dev: &Device, n: usize) -> Result<Box<dyn Runner>, EngineError> {

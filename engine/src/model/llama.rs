@@ -84,7 +84,8 @@ impl Network for Llama {
     fn limits(&self, tokens: usize, slots: usize) -> Limits {
         let a = &self.attn;
         let max_in = a.d.max(self.hidden).max(a.heads * a.value);
-        Limits { tokens, max_in, max_hidden: self.hidden, max_heads_out: a.heads * a.value, slots }
+        let (heads, max_hidden) = (a.heads, self.hidden);
+        Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
     }
 
     fn runner(self: Arc<Self>, dev: &Device, n: usize) -> Result<Box<dyn Runner>, EngineError> {

@@ -210,11 +210,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn attention(&self, a: Attention<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
-        attention::attention(&self.pool, self.isa, &mut self.memory().attention, a, out)
+    fn attention(
+        &self,
+        a: Attention<'_>,
+        out: ViewMut<'_>,
+        mass: Option<Mass<'_>>,
+    ) -> Result<(), KernelError> {
+        attention::attention(&self.pool, self.isa, &mut self.memory().attention, a, out, mass)
     }
 
-    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
-        attention::mla(&self.pool, self.isa, &mut self.memory().attention, m, out)
+    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>, mass: Option<Mass<'_>>) -> Result<(), KernelError> {
+        attention::mla(&self.pool, self.isa, &mut self.memory().attention, m, out, mass)
     }
 }

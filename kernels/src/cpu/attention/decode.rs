@@ -41,6 +41,16 @@ pub struct State<'a> {
     pub stride: usize,
     pub max: &'a mut [f32],
     pub sum: &'a mut [f32],
+    /// Where the weights of all entries are kept, relative to the maximum, if they are: `[group][row]`, a row at least the
+    /// list in whole blocks.
+    pub kept: Option<&'a mut [f32]>,
+}
+
+/// Entries of the list that are done, and the weights kept of them: empty, or `[group][row]`.
+struct Kept<'a> {
+    weights: &'a mut [f32],
+    row: usize,
+    done: usize,
 }
 
 struct Work<'a> {
@@ -83,7 +93,11 @@ pub fn part(isa: Isa, p: &Part<'_>, area: &mut [f32], state: State<'_>) -> Resul
     }
     w.sums.fill(0.0);
     state.max.fill(-CUT);
-    let State { out, stride, max, sum } = state;
+    let State { out, stride, max, sum, kept } = state;
+    let weights = kept.unwrap_or(&mut []);
+    let row = weights.len() / group;
+    assert!(row == 0 || row >= p.list.len().next_multiple_of(BLOCK));
+    let mut kept = Kept { weights, row, done: 0 };
     for h in 0..group {
         out[h * stride..][..value_pad].fill(0.0);
     }
@@ -104,13 +118,14 @@ pub fn part(isa: Isa, p: &Part<'_>, area: &mut [f32], state: State<'_>) -> Resul
             len += n;
             start += n as u32;
             if len == BLOCK {
-                isa.vectorize(Add { w: &mut w, len, out: &mut *out, stride, max: &mut *max });
+                let kept = &mut kept;
+                isa.vectorize(Add { w: &mut w, len, out: &mut *out, stride, max: &mut *max, kept });
                 len = 0;
             }
         }
     }
     if len > 0 {
-        isa.vectorize(Add { w: &mut w, len, out, stride, max });
+        isa.vectorize(Add { w: &mut w, len, out, stride, max, kept: &mut kept });
     }
     for (h, sum) in sum.iter_mut().enumerate() {
         // The lanes' order of `Simd::sum`, which is the same on every ISA.
@@ -129,6 +144,7 @@ struct Add<'a, 'b> {
     out: &'a mut [f32],
     stride: usize,
     max: &'a mut [f32],
+    kept: &'a mut Kept<'b>,
 }
 
 impl Kernel for Add<'_, '_> {
@@ -136,7 +152,7 @@ impl Kernel for Add<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Add { w, len, out, stride, max } = self;
+        let Add { w, len, out, stride, max, kept } = self;
         let group = max.len();
         let mut h = 0;
         while h + 4 <= group {
@@ -151,8 +167,10 @@ impl Kernel for Add<'_, '_> {
             score::<S, 1>(s, w, len, h);
         }
         for (h, max) in max.iter_mut().enumerate() {
-            soften(s, w, h, max, &mut out[h * stride..][..w.value_pad]);
+            let row = &mut kept.weights[h * kept.row..][..kept.row];
+            soften(s, w, h, max, &mut out[h * stride..][..w.value_pad], row, kept.done);
         }
+        kept.done += len;
         assert!(len <= BLOCK && out.len() >= group * stride && stride >= w.value_pad);
         // SAFETY: scores [group][BLOCK], values [BLOCK][value_pad], out [group][stride].
         unsafe {
@@ -215,9 +233,18 @@ fn score<S: Simd, const H: usize>(s: S, w: &mut Work<'_>, len: usize, h: usize) 
     }
 }
 
-/// Turns the scores of head h into weights.
+/// Turns the scores of head h into weights, and keeps them after the `done` others unless `kept` is empty.
 #[inline(always)]
-fn soften<S: Simd>(s: S, w: &mut Work<'_>, h: usize, max: &mut f32, out: &mut [f32]) {
+fn soften<S: Simd>(
+    s: S,
+    w: &mut Work<'_>,
+    h: usize,
+    max: &mut f32,
+    out: &mut [f32],
+    kept: &mut [f32],
+    done: usize,
+) {
+    assert!(kept.is_empty() || (done.is_multiple_of(BLOCK) && done + BLOCK <= kept.len()));
     let scores = &mut w.scores[h * BLOCK..][..BLOCK];
     let sums = &mut w.sums[h * W..][..W];
     // SAFETY: whole vectors of slices of these lengths.
@@ -238,6 +265,12 @@ fn soften<S: Simd>(s: S, w: &mut Work<'_>, h: usize, max: &mut f32, out: &mut [f
                 let o = out.as_mut_ptr().add(d);
                 s.store(s.scale2(s.load(o), shift), o);
             }
+            if !kept.is_empty() {
+                for e in (0..done).step_by(W) {
+                    let p = kept.as_mut_ptr().add(e);
+                    s.store(s.scale2(s.load(p), shift), p);
+                }
+            }
             sum = s.scale2(sum, shift);
         }
         let m = s.splat(*max);
@@ -248,5 +281,8 @@ fn soften<S: Simd>(s: S, w: &mut Work<'_>, h: usize, max: &mut f32, out: &mut [f
             s.store(p, scores.as_mut_ptr().add(i * W));
         }
         s.store(sum, sums.as_mut_ptr());
+    }
+    if !kept.is_empty() {
+        kept[done..][..BLOCK].copy_from_slice(scores);
     }
 }

@@ -1,28 +1,28 @@
 //! Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 //!
 //! Absorbed: W_k^T q meets the latents themselves, all heads of a row being the lanes of one tile, so that each block of the
-//! cache is converted once for all of them; W_v comes after the weighted sum. Expanded: keys and values of a head are made
-//! from a block of latents for all rows of the call, then attention as usual. A row of decoding is absorbed; a row of a
-//! prompt takes the form that is cheaper for a prompt of its request's length at the row's own depth: never the call's.
+//! cache is converted once for all of them; W_v comes after the weighted sum. Expanded: see `expanded`. A row of decoding is
+//! absorbed; a row of a prompt takes the form that is cheaper for a prompt of its request's length at the row's own depth:
+//! never the call's.
 
 use super::super::isa::Isa;
-use super::super::lanes::{Gemm, Kernel, Simd, W, padded};
+use super::super::lanes::{Kernel, Simd, W, padded};
 use super::super::math::LOG2_E;
 use super::super::quantized::Quantized;
 use super::super::scratch::{AREA, Cut, Shared};
 use super::super::{Pool, cache, matmul};
-use super::rows::slice;
+use super::expanded::{self, expanded};
+use super::mass::{self, OverLanes, Target};
+use super::rows::{part_len, slice};
 use super::tile::{BLOCK, Block, LANES, Tile};
-use super::{Memory, add_seen, passes, pow2, walk};
-use crate::backend::{Mla, MlaUp};
+use super::{Memory, add_seen, jobs_of, passes, pow2};
+use crate::backend::{Mass, Mla, MlaUp};
 use crate::{KernelError, View, ViewMut, Weight};
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Rows of a call that the cost estimate reckons with at most: engines cut prompts at about this size.
 const CHUNK: usize = 512;
-/// Most tiles that one expansion serves.
-const TILES: usize = 16;
 
 /// Whether a row of a prompt of `prompt` tokens that sees `seen` entries is cheaper expanded, by multiply-adds per head.
 fn expands(m: &Mla<'_>, prompt: usize, seen: usize) -> bool {
@@ -41,29 +41,24 @@ pub fn mla(
     mem: &mut Memory,
     m: Mla<'_>,
     mut out: ViewMut<'_>,
+    mass: Option<Mass<'_>>,
 ) -> Result<(), KernelError> {
     let v = m.visible;
-    let kind = |i: usize| v.prompt(i) > 0 && expands(&m, v.prompt(i), v.seen(i));
+    let fits = expanded::fits(&m);
+    let kind = |i: usize| fits && v.prompt(i) > 0 && expands(&m, v.prompt(i), v.seen(i));
+    let mass = mass.map(Target::new);
     let mut at = 0;
     while at < m.q.rows() {
         let expand = kind(at);
         let end = (at..m.q.rows()).find(|&i| kind(i) != expand).unwrap_or(m.q.rows());
         if expand {
-            expanded(pool, isa, mem, &m, &mut out, at, end)?;
+            expanded(pool, isa, mem, &m, &mut out, mass.as_ref(), at, end)?;
         } else {
-            absorbed(pool, isa, mem, &m, &mut out, at, end)?;
+            absorbed(pool, isa, mem, &m, &mut out, mass.as_ref(), at, end)?;
         }
         at = end;
     }
     Ok(())
-}
-
-/// Row `r` of W_v of head `h`.
-fn value_row<'a>(m: &Mla<'a>, h: usize, r: usize) -> (&'a Weight, &'a [u8]) {
-    match m.up {
-        MlaUp::Split { v_b, .. } => (v_b, v_b.row(h, r)),
-        MlaUp::Joint { kv_b } => (kv_b, kv_b.row(0, h * (m.nope + m.value) + m.nope + r)),
-    }
 }
 
 struct Axpy<'a>(f32, &'a [f32], &'a mut [f32]);
@@ -128,6 +123,7 @@ fn absorbed(
     mem: &mut Memory,
     m: &Mla<'_>,
     out: &mut ViewMut<'_>,
+    mass: Option<&Target<'_>>,
     first: usize,
     end: usize,
 ) -> Result<(), KernelError> {
@@ -151,7 +147,11 @@ fn absorbed(
     // A piece's state: sums [latent][lanes], maxima, weights. A row's own block: absorbed queries, then mixes, [heads][latent].
     let piece = lanes * (latent + 2);
     let per_row = 2 * heads * latent;
-    passes(mem, m.visible, first, end, pieces * piece, per_row, |jobs, rows, store, areas| {
+    let counted = mass.map_or(0..0, |t| t.rows(first, end));
+    // The weights kept of a part of a row: `[pieces][kept(row)][lanes]` after the states of its pieces.
+    let kept = |row: usize| if counted.contains(&row) { part_len(m.visible.seen(row)) } else { 0 };
+    let per_part = |row: usize| pieces * (piece + lanes * kept(row));
+    passes(mem, m.visible, first, end, per_part, per_row, |jobs, rows, store, areas| {
         let base = Shared(store.as_mut_ptr());
         // Jobs lie in row order, a row's block before its first part's.
         let row_at = |row: usize| jobs[jobs.partition_point(|j| j.row < row)].at - per_row;
@@ -170,6 +170,13 @@ fn absorbed(
             let mut area = Cut(&mut claim);
             const FITS: &str = "checked to fit";
             let mut tile = Tile::new(&mut area, lanes, key, latent, sinks).expect(FITS);
+            let keep = lanes * kept(job.row);
+            if keep > 0 {
+                // SAFETY: this job's piece, which no other task has.
+                let to = unsafe { base.at(job.at + pieces * piece + p * keep) };
+                // SAFETY: as above.
+                tile.kept = Some((unsafe { std::slice::from_raw_parts_mut(to, keep) }, 0));
+            }
             let keys = area.take(BLOCK * key_pad, "").expect(FITS);
             let scores = area.take(BLOCK * lanes, "").expect(FITS);
             let scale = m.scale * LOG2_E;
@@ -218,34 +225,43 @@ fn absorbed(
         });
         pool.run(rows.len() * heads, |i| {
             let (r, h) = (rows.start + i / heads, i % heads);
-            let from = jobs.partition_point(|j| j.row < r);
-            let jobs = &jobs[from..][..jobs[from..].partition_point(|j| j.row == r)];
+            let jobs = jobs_of(jobs, r);
             let (p, lane) = (h / lanes, h % lanes);
-            // SAFETY: states are complete and only read; the mix and the outputs are this (row, head)'s alone.
-            let (state, mix, o) = unsafe {
-                let state = |j: &super::Job| {
-                    std::slice::from_raw_parts(base.at(j.at + p * piece).cast_const(), piece)
-                };
-                let mix = base.at(jobs[0].at - per_row + (heads + h) * latent);
-                let o = ptr.at(r * stride + h * m.value);
+            let at = |j: &super::Job, i: usize| {
+                // SAFETY: inside a piece's state.
+                unsafe { base.at(j.at + p * piece + i) }
+            };
+            // SAFETY: the sums of a piece are complete and only read; of the rest, the mix, the outputs and the maximum and sum
+            // of its lane are this (row, head)'s alone.
+            let (max, sum, parts, mix, o) = unsafe {
                 (
-                    state,
-                    std::slice::from_raw_parts_mut(mix, latent),
-                    std::slice::from_raw_parts_mut(o, m.value),
+                    |j: &super::Job| *at(j, lanes * latent + lane),
+                    |j: &super::Job| at(j, lanes * (latent + 1) + lane),
+                    |j: &super::Job| std::slice::from_raw_parts(at(j, 0).cast_const(), lanes * latent),
+                    std::slice::from_raw_parts_mut(
+                        base.at(jobs[0].at - per_row + (heads + h) * latent),
+                        latent,
+                    ),
+                    std::slice::from_raw_parts_mut(ptr.at(r * stride + h * m.value), m.value),
                 )
             };
-            let max = |j: &super::Job| state(j)[lanes * latent + lane];
             let top = jobs.iter().map(max).fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0.0;
+            let mut total = 0.0;
             mix.fill(0.0);
             for j in jobs {
                 let f = pow2(max(j) - top);
-                let s = state(j);
-                sum += f * s[lanes * (latent + 1) + lane];
-                mix.iter_mut().zip(s.chunks_exact(lanes)).for_each(|(x, s)| *x += f * s[lane]);
+                // SAFETY: as above.
+                total += f * unsafe { *sum(j) };
+                let rows = parts(j).chunks_exact(lanes);
+                mix.iter_mut().zip(rows).for_each(|(x, s)| *x += f * s[lane]);
             }
-            let inv = 1.0 / sum;
+            let inv = 1.0 / total;
             mix.iter_mut().for_each(|x| *x *= inv);
+            if counted.contains(&r) {
+                // From here on a part's sum is the factor that makes its weights probabilities.
+                // SAFETY: as above.
+                jobs.iter().for_each(|j| unsafe { *sum(j) = pow2(max(j) - top) * inv });
+            }
             match m.up {
                 MlaUp::Split { v_b, .. } => matvec(v_b, h, 0..m.value, mix, o),
                 MlaUp::Joint { kv_b } => {
@@ -254,153 +270,25 @@ fn absorbed(
                 }
             }
         });
-    })
-}
-
-/// Rows `first..end`: a task is a head and as many rows as fit a thread's area.
-fn expanded(
-    pool: &Pool,
-    isa: Isa,
-    mem: &mut Memory,
-    m: &Mla<'_>,
-    out: &mut ViewMut<'_>,
-    first: usize,
-    end: usize,
-) -> Result<(), KernelError> {
-    let (latent, heads, hd) = (m.latent.width(), m.heads, m.nope + m.rope);
-    let (nope_pad, value_pad, latent_pad) = (padded(m.nope), padded(m.value), padded(latent));
-    let key_row = nope_pad.max(m.nope + padded(m.rope));
-    let sinks = m.q_sink.is_some();
-    let fixed = latent * (nope_pad + value_pad)
-        + BLOCK * (latent_pad + key_row + value_pad + LANES)
-        + latent.max(m.nope)
-        + 16 * W;
-    let tile_floats = Tile::floats(LANES, hd, m.value, sinks) + 8 * W;
-    let tiles = (AREA.saturating_sub(fixed) / tile_floats).min(TILES);
-    if tiles == 0 {
-        return absorbed(pool, isa, mem, m, out, first, end);
-    }
-    let Memory { plan, areas, .. } = mem;
-    plan.clear();
-    let mut at = first;
-    while at < end {
-        at = plan.push(m.visible, at, end, tiles * LANES);
-    }
-    let plan = &*plan;
-    let (ptr, stride) = out.raw();
-    let ptr = Shared(ptr);
-    pool.run(plan.tiles.len() * heads, |i| {
-        let (rows, h) = (&plan.tiles[plan.tiles.len() - 1 - i / heads], i % heads);
+        let Some(mass) = mass.filter(|_| !counted.is_empty()) else { return };
+        let store: &[f32] = store;
         let mut claim = areas.claim();
         let mut area = Cut(&mut claim);
-        const FITS: &str = "tiles were counted to fit";
-        let mut take = |n: usize| area.take(n, "").expect(FITS);
-        let (wk, wv) = (take(latent * nope_pad), take(latent * value_pad));
-        let (latents, keys) = (take(BLOCK * latent_pad), take(BLOCK * key_row));
-        let (values, scores) = (take(BLOCK * value_pad), take(BLOCK * LANES));
-        up(m, h, wk, wv, take(latent.max(m.nope)), nope_pad, value_pad);
-        let n = rows.rows.len();
-        let mut tiles: [Option<Tile<'_>>; TILES] = [const { None }; TILES];
-        for (t, tile) in tiles.iter_mut().enumerate().take(n.div_ceil(LANES)) {
-            let here = LANES.min(n - t * LANES);
-            let mut new = Tile::new(&mut area, padded(here), hd, m.value, sinks).expect(FITS);
-            for lane in 0..padded(here) {
-                if lane >= here {
-                    new.set(lane, &[], &[], 0.0);
-                    continue;
-                }
-                let r = rows.rows.start + t * LANES + lane;
-                let q = &m.q.row(r)[h * hd..][..hd];
-                let (q, pe) = q.split_at(m.nope);
-                let pe_sink = m.q_sink.map_or(pe, |s| &s.row(r)[h * hd + m.nope..][..m.rope]);
-                new.set_parts(lane, q, pe, pe_sink, m.scale * LOG2_E);
+        const FITS: &str = "a part and its heads";
+        let factors = area.take(pieces * lanes, "").expect(FITS);
+        for j in jobs.iter().filter(|j| counted.contains(&j.row)) {
+            for (p, factors) in factors.chunks_exact_mut(lanes).enumerate() {
+                let here = lanes.min(heads - p * lanes);
+                factors[here..].fill(0.0);
+                factors[..here].copy_from_slice(&store[j.at + p * piece + lanes * (latent + 1)..][..here]);
             }
-            *tile = Some(new);
+            let list = j.list(m.visible);
+            let sums = &mut area.0[..padded(list.len())];
+            let keep = lanes * kept(j.row);
+            let weights = &store[j.at + pieces * piece..][..pieces * keep];
+            isa.vectorize(OverLanes { weights, piece: keep, lanes, factors, sums: &mut *sums });
+            // SAFETY: the loops have ended; this thread alone adds.
+            unsafe { mass::add_list(mass, 0, m.visible.row(j.row), list, sums) };
         }
-        walk(plan, rows, |from, len, sink, ranges| {
-            // SAFETY: BLOCK rows of the padded widths; the rotary part overwrites the padding of the keys.
-            unsafe {
-                let c = latents.as_mut_ptr();
-                cache::read(isa, m.latent, from as usize, len, 0, latent, c, latent_pad);
-                let grow = |w: &[f32], width: usize, to: *mut f32, to_row: usize| Gemm {
-                    rows: len,
-                    vectors: width / W,
-                    depth: latent,
-                    a: c,
-                    a_row: latent_pad,
-                    a_k: 1,
-                    b: w.as_ptr(),
-                    b_row: width,
-                    c: to,
-                    c_row: to_row,
-                    accumulate: false,
-                };
-                isa.vectorize(Product(grow(wk, nope_pad, keys.as_mut_ptr(), key_row)));
-                isa.vectorize(Product(grow(wv, value_pad, values.as_mut_ptr(), value_pad)));
-                let pe = keys.as_mut_ptr().add(m.nope);
-                cache::read(isa, m.k_pe, from as usize, len, 0, m.rope, pe, key_row);
-                let (keys, values) = (keys.as_ptr(), values.as_ptr());
-                let block = Block { keys, key_row, values, value_row: value_pad, len, sink };
-                for (t, ranges) in ranges.chunks(LANES).enumerate() {
-                    let tile = tiles[t].as_mut().expect(FITS);
-                    add_seen(isa, tile, block, from, ranges, 1, scores);
-                }
-            }
-        });
-        for r in 0..n {
-            let at = (rows.rows.start + r) * stride + h * m.value;
-            // SAFETY: a row and head that no other task has.
-            let o = unsafe { std::slice::from_raw_parts_mut(ptr.at(at), m.value) };
-            tiles[r / LANES].as_ref().expect(FITS).finish(r % LANES, o);
-        }
-    });
-    Ok(())
-}
-
-struct Product(Gemm);
-
-impl Kernel for Product {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // SAFETY: whoever builds a `Product` answers for its operands.
-        unsafe { s.gemm(self.0) }
-    }
-}
-
-/// W_k and W_v of head h in f32, by latent: `[latent][nope_pad]` and `[latent][value_pad]`.
-fn up(
-    m: &Mla<'_>,
-    h: usize,
-    wk: &mut [f32],
-    wv: &mut [f32],
-    row: &mut [f32],
-    nope_pad: usize,
-    value_pad: usize,
-) {
-    let latent = m.latent.width();
-    fn scatter(row: &[f32], to: &mut [f32], stride: usize, col: usize) {
-        row.iter().zip(to.chunks_exact_mut(stride)).for_each(|(x, to)| to[col] = *x);
-    }
-    wk.fill(0.0);
-    wv.fill(0.0);
-    match m.up {
-        MlaUp::Split { k_b, .. } => {
-            for (l, to) in wk.chunks_exact_mut(nope_pad).enumerate() {
-                (k_b.dtype().format().dequantize)(k_b.row(h, l), &mut to[..m.nope]);
-            }
-        }
-        MlaUp::Joint { kv_b } => {
-            for d in 0..m.nope {
-                let bytes = kv_b.row(0, h * (m.nope + m.value) + d);
-                (kv_b.dtype().format().dequantize)(bytes, &mut row[..latent]);
-                scatter(&row[..latent], wk, nope_pad, d);
-            }
-        }
-    }
-    for v in 0..m.value {
-        let (w, bytes) = value_row(m, h, v);
-        (w.dtype().format().dequantize)(bytes, &mut row[..latent]);
-        scatter(&row[..latent], wv, value_pad, v);
-    }
+    })
 }

@@ -5,6 +5,8 @@
 //! the call: its bits do not depend on its neighbours. Knows views and caches; nothing of the instruction set.
 
 mod decode;
+mod expanded;
+mod mass;
 mod mla;
 mod rows;
 #[cfg(test)]
@@ -19,10 +21,12 @@ use super::isa::Isa;
 use super::lanes::{Kernel, Simd, W, padded};
 use super::math::LOG2_E;
 use super::scratch::{AREA, Areas, Cut, Shared, Store};
-use crate::backend::{Attention, Limits, Visible};
+use crate::backend::{Attention, Limits, Mass, Visible};
 use crate::{KernelError, ViewMut};
+use mass::{OverRows, Stats, Target};
 use rows::{Plan, TileRows, part_len, parts};
-use tile::{BLOCK, Block, LANES, Tile};
+use std::ops::Range;
+use tile::{BLOCK, Block, LANES, Seen, Tile};
 
 /// What attention works in, kept between calls.
 pub struct Memory {
@@ -55,7 +59,10 @@ impl Memory {
         // padded to whole vectors: twice covers any number of them from 8 on, the constant fewer.
         let states = 2 * parts(l.slots.max(1)) + 8;
         let row = (l.max_heads_out + (W << 9)) * states;
-        row.max(PASS.min(row * l.tokens))
+        // With mass, the weights of a row (lanes and parts are padded), or the states of a prompt's.
+        let weights = (padded(l.heads) + 64) * (l.slots + l.slots / 64 + 256);
+        let mass = if l.mass { weights.max(Stats::floats(l.tokens, l.heads)) } else { 0 };
+        row.max(PASS.min(row * l.tokens)) + mass
     }
 }
 
@@ -66,15 +73,17 @@ pub fn attention(
     mem: &mut Memory,
     a: Attention<'_>,
     mut out: ViewMut<'_>,
+    mass: Option<Mass<'_>>,
 ) -> Result<(), KernelError> {
+    let mass = mass.map(Target::new);
     let n = a.q.rows();
     let mut at = 0;
     while at < n {
         let end = run_end(a.visible, at);
         if a.visible.prompt(at) > 0 {
-            prompt_rows(pool, isa, mem, &a, &mut out, at, end)?;
+            prompt_rows(pool, isa, mem, &a, &mut out, mass.as_ref(), at, end)?;
         } else {
-            decode_rows(pool, isa, mem, &a, &mut out, at, end)?;
+            decode_rows(pool, isa, mem, &a, &mut out, mass.as_ref(), at, end)?;
         }
         at = end;
     }
@@ -116,18 +125,41 @@ unsafe fn add_seen(
     group: usize,
     scores: &mut [f32],
 ) {
-    let end = from + block.len as u32;
-    if ranges.iter().all(|r| r.0 <= from && end <= r.1) {
-        isa.vectorize(Add { tile, block, seen: None, scores });
-    } else if ranges.iter().any(|r| r.0 < end && from < r.1) {
-        let (mut lo, mut hi) = ([0.0; LANES], [0.0; LANES]);
-        for (r, range) in ranges.iter().enumerate() {
-            let cut = |x: u32| (x.clamp(from, end) - from) as f32;
-            lo[r * group..][..group].fill(cut(range.0));
-            hi[r * group..][..group].fill(cut(range.1));
+    let (lo, hi);
+    let seen = match seen(from, block.len, ranges, group) {
+        Seen::Nothing => return,
+        Seen::All => None,
+        Seen::Some(a, b) => {
+            (lo, hi) = (a, b);
+            Some((&lo, &hi))
         }
-        isa.vectorize(Add { tile, block, seen: Some((&lo, &hi)), scores });
+    };
+    isa.vectorize(Add { tile, block, seen, scores });
+}
+
+/// What lanes see of entries `from..from + len`, lane l being of row l / group and `ranges` what rows see.
+fn seen(from: u32, len: usize, ranges: &[(u32, u32)], group: usize) -> Seen {
+    let end = from + len as u32;
+    if ranges.iter().all(|r| r.0 <= from && end <= r.1) {
+        return Seen::All;
     }
+    if !ranges.iter().any(|r| r.0 < end && from < r.1) {
+        return Seen::Nothing;
+    }
+    let (mut lo, mut hi) = ([0.0; LANES], [0.0; LANES]);
+    for (r, range) in ranges.iter().enumerate() {
+        let cut = |x: u32| (x.clamp(from, end) - from) as f32;
+        lo[r * group..][..group].fill(cut(range.0));
+        hi[r * group..][..group].fill(cut(range.1));
+    }
+    Seen::Some(lo, hi)
+}
+
+/// How prompt rows are laid out in tiles: lanes of a tile, and heads of a group in it.
+#[derive(Clone, Copy)]
+struct Tiling {
+    lanes: usize,
+    heads: usize,
 }
 
 fn prompt_rows(
@@ -136,6 +168,7 @@ fn prompt_rows(
     mem: &mut Memory,
     a: &Attention<'_>,
     out: &mut ViewMut<'_>,
+    mass: Option<&Target<'_>>,
     first: usize,
     end: usize,
 ) -> Result<(), KernelError> {
@@ -151,7 +184,8 @@ fn prompt_rows(
     // A group wider than a tile is cut into pieces of heads.
     let heads = group.min(lanes);
     let pieces = group.div_ceil(heads);
-    let Memory { plan, areas, .. } = mem;
+    let Memory { plan, areas, store, .. } = mem;
+    let stats = Stats::take(store, mass, first, end, a.heads)?;
     plan.clear();
     let mut at = first;
     while at < end {
@@ -160,7 +194,8 @@ fn prompt_rows(
     let (ptr, stride) = out.raw();
     let ptr = Shared(ptr);
     let seen = a.visible.seen(end - 1);
-    let plan = &*plan;
+    let tiles = &mut *plan;
+    let plan = &*tiles;
     let tasks = plan.tiles.len() * a.kv_heads * pieces;
     pool.share(tasks, (end - first) * a.heads * seen * (key + value), |i| {
         // Later tiles see more: the longest tasks first.
@@ -186,7 +221,7 @@ fn prompt_rows(
                 tile.set(lane, &[], &[], 0.0);
             }
         }
-        walk(plan, t, |from, len, sink, ranges| {
+        walk(plan, t, 0..u32::MAX, |from, len, sink, ranges| {
             // SAFETY: blocks of BLOCK rows of the padded widths.
             unsafe {
                 cache::read(isa, a.k, from as usize, len, g * key, key, keys.as_mut_ptr(), key_pad);
@@ -202,18 +237,23 @@ fn prompt_rows(
                 // SAFETY: rows and heads of `out`; no other task has this (row, head).
                 let o = unsafe { std::slice::from_raw_parts_mut(ptr.at(at), value) };
                 tile.finish(r * hs + h, o);
+                stats.note(t.rows.start + r, g * group + h0 + h, &tile, r * hs + h);
             }
         }
     });
-    Ok(())
+    match mass {
+        Some(m) => mass::prompt(pool, isa, areas, tiles, a, Tiling { lanes, heads }, m, stats),
+        None => Ok(()),
+    }
 }
 
-/// The blocks of a tile's walk that any of its rows sees: first slot, length, sink, what rows see of the segment.
-fn walk(plan: &Plan, t: &TileRows, mut f: impl FnMut(u32, usize, bool, &[(u32, u32)])) {
+/// The blocks of a tile's walk within `slots` that any of its rows sees: first slot, length, sink, what rows see of the
+/// segment.
+fn walk(plan: &Plan, t: &TileRows, slots: Range<u32>, mut f: impl FnMut(u32, usize, bool, &[(u32, u32)])) {
     for (seg, ranges) in plan.walk(t) {
-        let mut from = seg.start;
-        while from < seg.end {
-            let end = seg.end.min(from + BLOCK as u32);
+        let (mut from, stop) = (seg.start.max(slots.start), seg.end.min(slots.end));
+        while from < stop {
+            let end = stop.min(from + BLOCK as u32);
             if ranges.iter().any(|r| r.0 < end && from < r.1) {
                 f(from, (end - from) as usize, seg.sink, ranges);
             }
@@ -222,16 +262,16 @@ fn walk(plan: &Plan, t: &TileRows, mut f: impl FnMut(u32, usize, bool, &[(u32, u
     }
 }
 
-/// Cuts decoding rows `first..end` into passes whose states, of `per_part` floats a part and `per_row` more a row, fit the
-/// store; calls `f` with the jobs, the rows and the floats of each pass.
+/// Cuts decoding rows `first..end` into passes whose states, of `per_part(row)` floats a part and `per_row` more a row, fit
+/// the store; calls `f` with the jobs, the rows and the floats of each pass.
 fn passes(
     mem: &mut Memory,
     visible: &Visible,
     first: usize,
     end: usize,
-    per_part: usize,
+    per_part: impl Fn(usize) -> usize,
     per_row: usize,
-    mut f: impl FnMut(&[Job], std::ops::Range<usize>, &mut [f32], &Areas),
+    mut f: impl FnMut(&[Job], Range<usize>, &mut [f32], &Areas),
 ) -> Result<(), KernelError> {
     let room = mem.store.room().min(PASS);
     let mut at = first;
@@ -239,7 +279,7 @@ fn passes(
         mem.jobs.clear();
         let (mut floats, start) = (0, at);
         while at < end {
-            let n = parts(visible.seen(at));
+            let (n, per_part) = (parts(visible.seen(at)), per_part(at));
             let more = n * per_part + per_row;
             if at > start && floats + more > room {
                 break;
@@ -258,7 +298,7 @@ fn passes(
 
 impl Job {
     /// The entries of the row's list.
-    fn list(&self, visible: &Visible) -> std::ops::Range<usize> {
+    fn list(&self, visible: &Visible) -> Range<usize> {
         let seen = visible.seen(self.row);
         let len = part_len(seen);
         self.part * len..seen.min((self.part + 1) * len)
@@ -271,6 +311,7 @@ fn decode_rows(
     mem: &mut Memory,
     a: &Attention<'_>,
     out: &mut ViewMut<'_>,
+    mass: Option<&Target<'_>>,
     first: usize,
     end: usize,
 ) -> Result<(), KernelError> {
@@ -287,59 +328,104 @@ fn decode_rows(
     }
     let (ptr, stride) = out.raw();
     let ptr = Shared(ptr);
-    passes(mem, a.visible, first, end, a.heads * (pad + 2), 0, |jobs, rows, store, areas| {
-        let states = Shared(store.as_mut_ptr());
-        let seen: usize = rows.clone().map(|r| a.visible.seen(r)).sum();
-        pool.share(jobs.len() * a.kv_heads, seen * a.heads * (key + value), |i| {
-            let (job, g) = (jobs[i / a.kv_heads], i % a.kv_heads);
-            let q = &a.q.row(job.row)[g * group * key..][..group * key];
-            let q_sink = a.q_sink.map_or(q, |s| &s.row(job.row)[g * group * key..][..group * key]);
-            let part = decode::Part {
-                k: a.k,
-                v: a.v,
-                k_col: g * key,
-                v_col: g * value,
-                key,
-                value,
-                q,
-                q_sink,
-                scale: a.scale * LOG2_E,
-                row: a.visible.row(job.row),
-                list: job.list(a.visible),
-            };
-            // SAFETY: a job's block is [heads][pad] sums, [heads] maxima, [heads] weights; a task touches its group's alone.
-            let state = unsafe {
-                let cut = |at: usize, n: usize| std::slice::from_raw_parts_mut(states.at(job.at + at), n);
-                decode::State {
-                    out: cut(g * group * pad, group * pad),
-                    stride: pad,
-                    max: cut(a.heads * pad + g * group, group),
-                    sum: cut(a.heads * (pad + 1) + g * group, group),
+    let counted = mass.map_or(0..0, |m| m.rows(first, end));
+    // The weights kept of a part of a row: `[heads][kept(row)]` after the part's state.
+    let kept = |row: usize| if counted.contains(&row) { part_len(a.visible.seen(row)) } else { 0 };
+    let state = a.heads * (pad + 2);
+    passes(
+        mem,
+        a.visible,
+        first,
+        end,
+        |row| state + a.heads * kept(row),
+        0,
+        |jobs, rows, store, areas| {
+            let states = Shared(store.as_mut_ptr());
+            let seen: usize = rows.clone().map(|r| a.visible.seen(r)).sum();
+            pool.share(jobs.len() * a.kv_heads, seen * a.heads * (key + value), |i| {
+                let (job, g) = (jobs[i / a.kv_heads], i % a.kv_heads);
+                let q = &a.q.row(job.row)[g * group * key..][..group * key];
+                let q_sink = a.q_sink.map_or(q, |s| &s.row(job.row)[g * group * key..][..group * key]);
+                let part = decode::Part {
+                    k: a.k,
+                    v: a.v,
+                    k_col: g * key,
+                    v_col: g * value,
+                    key,
+                    value,
+                    q,
+                    q_sink,
+                    scale: a.scale * LOG2_E,
+                    row: a.visible.row(job.row),
+                    list: job.list(a.visible),
+                };
+                let kept = kept(job.row);
+                // SAFETY: a job's block is [heads][pad] sums, [heads] maxima, [heads] weights, [heads][kept]; a task touches its
+                // group's alone.
+                let state = unsafe {
+                    let cut = |at: usize, n: usize| std::slice::from_raw_parts_mut(states.at(job.at + at), n);
+                    decode::State {
+                        out: cut(g * group * pad, group * pad),
+                        stride: pad,
+                        max: cut(a.heads * pad + g * group, group),
+                        sum: cut(a.heads * (pad + 1) + g * group, group),
+                        kept: (kept > 0).then(|| cut(state + g * group * kept, group * kept)),
+                    }
+                };
+                decode::part(isa, &part, &mut areas.claim(), state).expect("checked to fit");
+            });
+            let work = jobs.len() * a.heads * pad * 8;
+            pool.share(rows.len() * a.heads, work, |i| {
+                let (row, h) = (rows.start + i / a.heads, i % a.heads);
+                let jobs = jobs_of(jobs, row);
+                // SAFETY: a row and head of `out` and of the states that no other task has; the loop before has ended.
+                let (o, max, sum, part) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(ptr.at(row * stride + h * value), value),
+                        |j: &Job| *states.at(j.at + a.heads * pad + h),
+                        |j: &Job| states.at(j.at + a.heads * (pad + 1) + h),
+                        |j: &Job| std::slice::from_raw_parts(states.at(j.at + h * pad).cast_const(), value),
+                    )
+                };
+                let top = jobs.iter().map(max).fold(f32::NEG_INFINITY, f32::max);
+                let mut total = 0.0;
+                o.fill(0.0);
+                for j in jobs {
+                    let f = pow2(max(j) - top);
+                    // SAFETY: as above.
+                    total += f * unsafe { *sum(j) };
+                    o.iter_mut().zip(part(j)).for_each(|(o, x)| *o += f * x);
                 }
-            };
-            decode::part(isa, &part, &mut areas.claim(), state).expect("checked to fit");
-        });
-        let states: &[f32] = store;
-        pool.share(rows.len() * a.heads, jobs.len() * a.heads * pad * 8, |i| {
-            let (row, h) = (rows.start + i / a.heads, i % a.heads);
-            // Jobs lie in row order.
-            let from = jobs.partition_point(|j| j.row < row);
-            let jobs = &jobs[from..][..jobs[from..].partition_point(|j| j.row == row)];
-            // SAFETY: a row and head of `out` that no other task has.
-            let o = unsafe { std::slice::from_raw_parts_mut(ptr.at(row * stride + h * value), value) };
-            let top = jobs.iter().map(|j| states[j.at + a.heads * pad + h]).fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0.0;
-            o.fill(0.0);
-            for j in jobs {
-                let f = pow2(states[j.at + a.heads * pad + h] - top);
-                sum += f * states[j.at + a.heads * (pad + 1) + h];
-                let part = &states[j.at + h * pad..][..value];
-                o.iter_mut().zip(part).for_each(|(o, x)| *o += f * x);
-            }
-            let inv = 1.0 / sum;
-            o.iter_mut().for_each(|o| *o *= inv);
-        });
-    })
+                let inv = 1.0 / total;
+                o.iter_mut().for_each(|o| *o *= inv);
+                if counted.contains(&row) {
+                    // From here on a part's sum is the factor that makes its weights probabilities.
+                    // SAFETY: as above.
+                    jobs.iter().for_each(|j| unsafe { *sum(j) = pow2(max(j) - top) * inv });
+                }
+            });
+            let Some(mass) = mass.filter(|_| !counted.is_empty()) else { return };
+            let states: &[f32] = store;
+            pool.share(a.kv_heads, work, |g| {
+                let mut claim = areas.claim();
+                for j in jobs.iter().filter(|j| counted.contains(&j.row)) {
+                    let (row, list) = (kept(j.row), j.list(a.visible));
+                    let sums = &mut claim[..padded(list.len())];
+                    let weights = &states[j.at + state + g * group * row..][..group * row];
+                    let factors = &states[j.at + a.heads * (pad + 1) + g * group..][..group];
+                    isa.vectorize(OverRows { weights, row, factors, sums: &mut *sums });
+                    // SAFETY: no other task has this head.
+                    unsafe { mass::add_list(mass, g, a.visible.row(j.row), list, sums) };
+                }
+            });
+        },
+    )
+}
+
+/// The jobs of a row: jobs lie in row order.
+fn jobs_of(jobs: &[Job], row: usize) -> &[Job] {
+    let jobs = &jobs[jobs.partition_point(|j| j.row < row)..];
+    &jobs[..jobs.partition_point(|j| j.row == row)]
 }
 
 /// 2^n for an integer n <= 0; 0 from -127 down.

@@ -57,6 +57,12 @@ impl Plan {
         self.ranges.clear();
     }
 
+    /// The first slot that any tile's row sees, and the one after the last.
+    pub fn slots(&self) -> (u32, u32) {
+        let start = self.segments.iter().map(|s| s.start).min().unwrap_or(0);
+        (start, self.segments.iter().map(|s| s.end).max().unwrap_or(start))
+    }
+
     /// Adds a tile that starts at row `first` and takes at most `most` rows of `..end`; returns the row after it. Rows join as
     /// long as they see something the tile already sees: rows of other sequences do not.
     pub fn push(&mut self, v: &Visible, first: usize, end: usize, most: usize) -> usize {

@@ -7,6 +7,8 @@ use crate::backend::{Attention, Mla, MlaUp, Span, Visible};
 use crate::{HostBytes, KvBuf, View, ViewMut, Weight};
 use quant::DType;
 
+mod mass;
+
 /// A small generator: values in -1..1.
 pub struct Rng(u64);
 
@@ -68,6 +70,11 @@ fn wide(x: &[f32]) -> Vec<f64> {
 
 /// The formula of `Device::attention`, in f64.
 fn oracle(a: &Attention<'_>) -> Vec<f64> {
+    oracle_with(a, |_, _, _, _| ())
+}
+
+/// The same; `f` gets row, head, slot and probability of every entry.
+fn oracle_with(a: &Attention<'_>, mut f: impl FnMut(usize, usize, usize, f64)) -> Vec<f64> {
     let (kd, vd, group) = (a.k.width() / a.kv_heads, a.v.width() / a.kv_heads, a.heads / a.kv_heads);
     let mut out = Vec::new();
     for i in 0..a.q.rows() {
@@ -84,6 +91,7 @@ fn oracle(a: &Attention<'_>) -> Vec<f64> {
                 })
                 .collect();
             softmax(&mut p);
+            p.iter().zip(&seen).for_each(|(p, s)| f(i, h, s.0, *p));
             out.extend((0..vd).map(|d| p.iter().zip(&rows).map(|(p, r)| p * r.1[g * vd + d]).sum::<f64>()));
         }
     }
@@ -94,7 +102,7 @@ fn run(isa: Isa, threads: usize, a: Attention<'_>) -> Vec<f32> {
     let cols = a.heads * a.v.width() / a.kv_heads;
     let mut out = vec![f32::NAN; a.q.rows() * cols];
     let mut mem = Memory::new(threads);
-    attention(&Pool::new(threads), isa, &mut mem, a, ViewMut::from_host(&mut out, cols)).unwrap();
+    attention(&Pool::new(threads), isa, &mut mem, a, ViewMut::from_host(&mut out, cols), None).unwrap();
     out
 }
 
@@ -364,6 +372,11 @@ impl MlaCase {
 }
 
 fn mla_oracle(m: &Mla<'_>, case: &MlaCase) -> Vec<f64> {
+    mla_oracle_with(m, case, |_, _, _, _| ())
+}
+
+/// The same; `f` gets row, head, slot and probability of every entry.
+fn mla_oracle_with(m: &Mla<'_>, case: &MlaCase, mut f: impl FnMut(usize, usize, usize, f64)) -> Vec<f64> {
     let (hd, latent) = (m.nope + m.rope, case.latent);
     let mut w = vec![0.0f32; case.heads * (m.nope + m.value) * latent];
     (DType::F32.format().dequantize)(case.kv_b.matrix(0), &mut w);
@@ -389,6 +402,7 @@ fn mla_oracle(m: &Mla<'_>, case: &MlaCase) -> Vec<f64> {
                 })
                 .collect();
             softmax(&mut p);
+            p.iter().zip(&seen).for_each(|(p, s)| f(i, h, s.0, *p));
             let mut mix = vec![0.0; latent];
             for (p, r) in p.iter().zip(&rows) {
                 mix.iter_mut().zip(&r.0).for_each(|(m, c)| *m += p * c);
@@ -403,7 +417,7 @@ fn run_mla(isa: Isa, threads: usize, m: Mla<'_>) -> Vec<f32> {
     let cols = m.heads * m.value;
     let mut out = vec![f32::NAN; m.q.rows() * cols];
     let mut mem = Memory::new(threads);
-    mla(&Pool::new(threads), isa, &mut mem, m, ViewMut::from_host(&mut out, cols)).unwrap();
+    mla(&Pool::new(threads), isa, &mut mem, m, ViewMut::from_host(&mut out, cols), None).unwrap();
     out
 }
 
@@ -516,6 +530,6 @@ fn calls_beyond_the_reserve_are_refused() {
     let a = Attention { heads: 1, kv_heads: 1, scale: 1.0, q, q_sink: None, k: &k, v: &k, visible: &visible };
     let mut out = vec![0.0; hd];
     let isa = Isa::available()[0];
-    let e = attention(&Pool::new(1), isa, &mut mem, a, ViewMut::from_host(&mut out, hd)).unwrap_err();
+    let e = attention(&Pool::new(1), isa, &mut mem, a, ViewMut::from_host(&mut out, hd), None).unwrap_err();
     assert!(e.to_string().contains("reserve"), "{e}");
 }

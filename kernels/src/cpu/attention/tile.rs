@@ -37,6 +37,17 @@ pub struct Tile<'a> {
     pub max: &'a mut [f32],
     /// Sum of the weights.
     pub sum: &'a mut [f32],
+    /// Where the weights of all entries so far are kept, relative to `max`, if they are: `[entries][lanes]`, and how many.
+    pub kept: Option<(&'a mut [f32], usize)>,
+}
+
+/// What the lanes of a tile see of a block: everything, nothing, or per lane the first entry of the block it sees and the one
+/// after the last.
+#[allow(clippy::large_enum_variant)] // lives on the stack of one call
+pub enum Seen {
+    All,
+    Nothing,
+    Some([f32; LANES], [f32; LANES]),
 }
 
 /// A block of keys and values in f32.
@@ -54,6 +65,13 @@ pub struct Block {
     pub len: usize,
     /// Whether these are sinks.
     pub sink: bool,
+}
+
+impl Block {
+    /// A block of keys alone.
+    pub fn keys(keys: *const f32, key_row: usize, len: usize, sink: bool) -> Self {
+        Self { keys, key_row, values: keys, value_row: 0, len, sink }
+    }
 }
 
 impl<'a> Tile<'a> {
@@ -82,6 +100,7 @@ impl<'a> Tile<'a> {
             out: area.take(lanes * value, WHAT)?,
             max: area.take(lanes, WHAT)?,
             sum: area.take(lanes, WHAT)?,
+            kept: None,
         };
         t.reset();
         Ok(t)
@@ -135,28 +154,9 @@ impl<'a> Tile<'a> {
         scores: &mut [f32],
     ) {
         let lanes = self.lanes;
-        assert!(b.len <= BLOCK && scores.len() >= b.len * lanes && lanes <= LANES);
-        let q = match &self.q_sink {
-            Some(q) if b.sink => &**q,
-            _ => &*self.q,
-        };
-        assert!(q.len() == self.key * lanes && self.out.len() == self.value * lanes);
-        // SAFETY: shapes as asserted; keys as the caller promised.
-        unsafe {
-            s.gemm(Gemm {
-                rows: b.len,
-                vectors: lanes / W,
-                depth: self.key,
-                a: b.keys,
-                a_row: b.key_row,
-                a_k: 1,
-                b: q.as_ptr(),
-                b_row: lanes,
-                c: scores.as_mut_ptr(),
-                c_row: lanes,
-                accumulate: false,
-            });
-        }
+        assert!(self.out.len() == self.value * lanes);
+        // SAFETY: the caller's.
+        unsafe { self.score(s, b, scores) };
         for j in (0..lanes).step_by(W) {
             self.soften(s, b.len, j, seen, scores);
         }
@@ -176,6 +176,109 @@ impl<'a> Tile<'a> {
                 accumulate: true,
             });
         }
+        if let Some((kept, n)) = &mut self.kept {
+            kept[*n * lanes..][..b.len * lanes].copy_from_slice(&scores[..b.len * lanes]);
+            *n += b.len;
+        }
+    }
+
+    /// `scores` becomes the probabilities of a block's entries, `[len][lanes]`, by a state that is known: `max`, and 1 / sum in
+    /// `sum`.
+    ///
+    /// # Safety
+    /// As [`Tile::add`], for the keys.
+    #[inline(always)]
+    pub unsafe fn weigh<S: Simd>(
+        &self,
+        s: S,
+        b: Block,
+        seen: Option<(&[f32; LANES], &[f32; LANES])>,
+        scores: &mut [f32],
+    ) {
+        let lanes = self.lanes;
+        // SAFETY: the caller's; then every access is at e * lanes + j, inside by the assertion of `score`.
+        unsafe {
+            self.score(s, b, scores);
+            for j in (0..lanes).step_by(W) {
+                self.cut(s, b.len, j, seen, scores);
+                let (max, inv) = (s.load(self.max.as_ptr().add(j)), s.load(self.sum.as_ptr().add(j)));
+                for e in 0..b.len {
+                    let at = scores.as_mut_ptr().add(e * lanes + j);
+                    let (p, n) = exp2_parts(s, s.load(at));
+                    s.store(s.mul(s.scale2(p, s.sub(n, max)), inv), at);
+                }
+            }
+        }
+    }
+
+    /// The scores of a block, `[len][lanes]`.
+    ///
+    /// # Safety
+    /// As [`Tile::add`], for the keys.
+    #[inline(always)]
+    unsafe fn score<S: Simd>(&self, s: S, b: Block, scores: &mut [f32]) {
+        let lanes = self.lanes;
+        assert!(b.len <= BLOCK && scores.len() >= b.len * lanes && lanes <= LANES);
+        let q = match &self.q_sink {
+            Some(q) if b.sink => &**q,
+            _ => &*self.q,
+        };
+        assert!(q.len() == self.key * lanes && self.max.len() == lanes && self.sum.len() == lanes);
+        // SAFETY: shapes as asserted; keys as the caller promised.
+        unsafe {
+            s.gemm(Gemm {
+                rows: b.len,
+                vectors: lanes / W,
+                depth: self.key,
+                a: b.keys,
+                a_row: b.key_row,
+                a_k: 1,
+                b: q.as_ptr(),
+                b_row: lanes,
+                c: scores.as_mut_ptr(),
+                c_row: lanes,
+                accumulate: false,
+            });
+        }
+    }
+
+    /// Cuts the scores of lanes `j..j + 16` to their range and hides what is not seen; returns the largest.
+    #[inline(always)]
+    fn cut<S: Simd>(
+        &self,
+        s: S,
+        len: usize,
+        j: usize,
+        seen: Option<(&[f32; LANES], &[f32; LANES])>,
+        scores: &mut [f32],
+    ) -> S::V {
+        let lanes = self.lanes;
+        assert!(j + W <= lanes && scores.len() >= len * lanes);
+        // SAFETY: every access is at e * lanes + j or lane j, inside by the assertion.
+        unsafe {
+            let first = scores.as_mut_ptr().add(j);
+            let to = |e: usize| first.add(e * lanes);
+            let (low, high) = (s.splat(-CUT), s.splat(CUT));
+            let mut top = s.splat(UNSEEN);
+            if let Some((from, end)) = seen {
+                let (from, end) = (s.load(from.as_ptr().add(j)), s.load(end.as_ptr().add(j)));
+                let unseen = s.splat(UNSEEN);
+                for e in 0..len {
+                    let x = s.min(s.max(s.load(to(e)), low), high);
+                    let i = s.splat(e as f32);
+                    let x = s.pick(i, end, s.pick(i, from, unseen, x), unseen);
+                    s.store(x, to(e));
+                    top = s.max(top, x);
+                }
+            } else {
+                for e in 0..len {
+                    let x = s.min(s.max(s.load(to(e)), low), high);
+                    s.store(x, to(e));
+                    top = s.max(top, x);
+                }
+            }
+            top
+        }
     }
 
     /// Turns the scores of lanes `j..j + 16` into weights.
@@ -189,30 +292,12 @@ impl<'a> Tile<'a> {
         scores: &mut [f32],
     ) {
         let lanes = self.lanes;
+        let top = self.cut(s, len, j, seen, scores);
         assert!(j + W <= lanes && scores.len() >= len * lanes && self.max.len() == lanes);
         // SAFETY: every access is at e * lanes + j or lane j, inside by the assertion.
         unsafe {
-            let at = |e: usize| scores.as_ptr().add(e * lanes + j);
-            let to = |e: usize| at(e).cast_mut();
-            let (low, high) = (s.splat(-CUT), s.splat(CUT));
-            let mut top = s.splat(UNSEEN);
-            if let Some((from, end)) = seen {
-                let (from, end) = (s.load(from.as_ptr().add(j)), s.load(end.as_ptr().add(j)));
-                let unseen = s.splat(UNSEEN);
-                for e in 0..len {
-                    let x = s.min(s.max(s.load(at(e)), low), high);
-                    let i = s.splat(e as f32);
-                    let x = s.pick(i, end, s.pick(i, from, unseen, x), unseen);
-                    s.store(x, to(e));
-                    top = s.max(top, x);
-                }
-            } else {
-                for e in 0..len {
-                    let x = s.min(s.max(s.load(at(e)), low), high);
-                    s.store(x, to(e));
-                    top = s.max(top, x);
-                }
-            }
+            let first = scores.as_mut_ptr().add(j);
+            let at = |e: usize| first.add(e * lanes);
             let mut max = s.load(self.max.as_ptr().add(j));
             let mut sum = s.load(self.sum.as_ptr().add(j));
             if s.hmax(s.sub(top, max)) > LAZY {
@@ -222,6 +307,12 @@ impl<'a> Tile<'a> {
                     let o = self.out.as_mut_ptr().add(d * lanes + j);
                     s.store(s.scale2(s.load(o), shift), o);
                 }
+                if let Some((kept, n)) = &mut self.kept {
+                    for row in kept[..*n * lanes].chunks_exact_mut(lanes) {
+                        let w = row.as_mut_ptr().add(j);
+                        s.store(s.scale2(s.load(w), shift), w);
+                    }
+                }
                 sum = s.scale2(sum, shift);
                 max = next;
                 s.store(max, self.max.as_mut_ptr().add(j));
@@ -230,7 +321,7 @@ impl<'a> Tile<'a> {
                 let (p, n) = exp2_parts(s, s.load(at(e)));
                 let p = s.scale2(p, s.sub(n, max));
                 sum = s.add(sum, p);
-                s.store(p, to(e));
+                s.store(p, at(e));
             }
             s.store(sum, self.sum.as_mut_ptr().add(j));
         }
