@@ -1,6 +1,7 @@
 //! What can go wrong in the engine, one clear line each.
 
 use crate::gguf::{GgufError, MetadataError};
+use crate::kv::KvError;
 use crate::sample::SampleError;
 use crate::text::TextError;
 use kernels::KernelError;
@@ -23,6 +24,9 @@ pub enum EngineError {
     /// A token could not be chosen.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// A cache configuration or eviction policy that cannot do what is asked.
+    #[error(transparent)]
+    Kv(#[from] KvError),
     /// Something the file asks for that the engine does not implement; names it.
     #[error("unsupported model: {0}")]
     Unsupported(String),

@@ -6,7 +6,7 @@
 mod config;
 mod error;
 pub mod gguf;
-mod kv;
+pub mod kv;
 mod layers;
 mod model;
 pub mod quantize;
