@@ -108,9 +108,15 @@ impl SessionConfig {
         })
     }
 
+    /// The engine's options for a context of `ctx` entries.
+    pub fn options(&self, ctx: usize) -> SessionOptions {
+        let Self { batch, cache_k, cache_v, .. } = *self;
+        SessionOptions { ctx, batch, cache_k, cache_v, ..SessionOptions::default() }
+    }
+
     /// Opens a session with `ctx` entries.
     pub fn open(&self, model: &Arc<Model>, ctx: usize) -> Result<Session> {
-        let o = SessionOptions { ctx, batch: self.batch, cache_k: self.cache_k, cache_v: self.cache_v };
-        Session::new(model, &o).with_context(|| format!("cannot open a context of {ctx} tokens"))
+        Session::new(model, &self.options(ctx))
+            .with_context(|| format!("cannot open a context of {ctx} tokens"))
     }
 }

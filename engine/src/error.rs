@@ -59,6 +59,15 @@ pub enum EngineError {
         /// Entries the cache holds.
         ctx: usize,
     },
+    /// As many sequences as the cache was made for are there.
+    #[error("all {sequences} sequences of the cache are in use: free one, or make it for more (--parallel)")]
+    NoRoom {
+        /// Sequences it was made for.
+        sequences: usize,
+    },
+    /// A sequence that was freed, or is of another cache.
+    #[error("there is no such sequence in this cache: it was freed")]
+    NoSequence,
     /// An option with an impossible value.
     #[error("{0}")]
     Option(String),

@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod config;
+mod context;
 mod error;
 pub mod gguf;
 pub mod kv;
@@ -15,9 +16,10 @@ mod session;
 pub mod text;
 mod weights;
 
+pub use context::Context;
 pub use error::EngineError;
 pub use kernels::cpu::machine::read_bandwidth;
-pub use kv::CacheTypes;
+pub use kv::{Arena, ArenaOptions, CacheTypes, Reach, Rows, SeqId};
 pub use quant::DType;
 pub use sample::{SampleError, Sampler, SamplerOptions};
 pub use session::*;

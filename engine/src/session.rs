@@ -16,9 +16,10 @@
 //! ```
 
 use crate::EngineError;
+use crate::context::{Context, arena_options};
 use crate::gguf::{File, OpenMode};
-use crate::kv::{Cache, CacheTypes};
-use crate::model::{self, Network, Runner};
+use crate::kv::{CacheTypes, Reach, Rows, SeqId};
+use crate::model::{self, Network};
 use crate::sample::Sampler;
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
 use kernels::Device;
@@ -136,9 +137,26 @@ impl Model {
         &self.file
     }
 
-    /// Bytes of cache that a decoded token reads at `depth` cached entries, and that a context of `depth` takes.
-    pub fn cache_bytes(&self, types: CacheTypes, depth: usize) -> Result<usize, EngineError> {
-        Cache::size(&self.network.cache_specs(), types, depth)
+    pub(crate) fn network(&self) -> &Arc<dyn Network> {
+        &self.network
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Bytes of cache that a token decoded after `depth` others reads.
+    pub fn read_bytes(&self, o: &SessionOptions, depth: usize) -> Result<usize, EngineError> {
+        let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
+        let seen = |w: Option<usize>| w.map_or(depth, |w| w.min(depth));
+        let keep = seen(o.kv.window.map(|w| w + o.kv.sinks));
+        self.network.cache_specs().iter().map(|s| types.bytes(s, seen(s.window).min(keep))).sum()
+    }
+
+    /// Bytes of the cache of `sequences` sequences of these options.
+    pub fn cache_bytes(&self, o: &SessionOptions, sequences: usize) -> Result<usize, EngineError> {
+        let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
+        arena_options(o, sequences).bytes(&self.network.cache_specs(), types)
     }
 }
 
@@ -177,9 +195,9 @@ fn describe(file: &File, network: &dyn Network, device: &Device) -> Result<Model
 }
 
 /// The size and types of a session.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct SessionOptions {
-    /// Cache entries: prompt and answer together.
+    /// Cache entries where everything is kept: prompt and answer together.
     pub ctx: usize,
     /// Prompt tokens per forward pass.
     pub batch: usize,
@@ -187,12 +205,23 @@ pub struct SessionOptions {
     pub cache_k: DType,
     /// Cache type of values.
     pub cache_v: DType,
+    /// Cache type of MLA's shared rotary key; `None`: that of the latent, but not below f16.
+    pub cache_k_pe: Option<DType>,
+    /// What the cache keeps of past tokens.
+    pub kv: Reach,
 }
 
 impl Default for SessionOptions {
-    /// 4096 entries of f16, prompts in batches of 512.
+    /// 4096 entries of f16, all kept, prompts in batches of 512.
     fn default() -> Self {
-        Self { ctx: 4096, batch: 512, cache_k: DType::F16, cache_v: DType::F16 }
+        Self {
+            ctx: 4096,
+            batch: 512,
+            cache_k: DType::F16,
+            cache_v: DType::F16,
+            cache_k_pe: None,
+            kv: Reach { sinks: 0, window: None },
+        }
     }
 }
 
@@ -220,7 +249,7 @@ pub enum FinishReason {
     StopString(String),
     /// `max_tokens` were made.
     Length,
-    /// The context is full.
+    /// The context is full; only where the cache keeps everything.
     ContextFull,
     /// The caller broke off.
     Cancelled,
@@ -243,15 +272,16 @@ pub struct Generated {
     pub decode_time: Duration,
     /// The new tokens.
     pub tokens: Vec<u32>,
+    /// Tokens of the conversation that the model does not see any more.
+    pub evicted_tokens: usize,
+    /// What decided that: the cache's policy.
+    pub policy: String,
 }
 
 /// One sequence: its cache, its buffers, its tokens.
 pub struct Session {
-    model: Arc<Model>,
-    runner: Box<dyn Runner>,
-    cache: Cache,
-    batch: usize,
-    tokens: Vec<u32>,
+    context: Context,
+    seq: SeqId,
     logits: Vec<f32>,
 }
 
@@ -261,63 +291,67 @@ impl Session {
     /// # Errors
     /// Impossible sizes or cache types, or memory that cannot be had.
     pub fn new(model: &Arc<Model>, o: &SessionOptions) -> Result<Self, EngineError> {
-        if o.batch == 0 {
-            return Err(EngineError::Option("a batch size of 0 is not possible".into()));
-        }
-        let batch = o.batch.min(o.ctx);
-        let (net, dev) = (&model.network, &model.device);
-        let types = CacheTypes { k: o.cache_k, v: o.cache_v };
-        let cache = Cache::new(dev, &net.cache_specs(), types, o.ctx)?;
-        dev.reserve(&net.limits(batch, o.ctx))?;
-        let runner = net.clone().runner(dev, batch)?;
-        Ok(Self { model: model.clone(), runner, cache, batch, tokens: Vec::new(), logits: Vec::new() })
+        let mut context = Context::new(model, o, 1)?;
+        let seq = context.cache_mut().admit(0)?;
+        Ok(Self { context, seq, logits: Vec::new() })
     }
 
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
-        &self.model
+        self.context.model()
     }
 
-    /// The tokens whose entries are cached.
+    /// The tokens evaluated so far. The cache may have forgotten some: [`Session::evicted`].
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        self.context.cache().tokens(self.seq).unwrap_or_default()
     }
 
-    /// Entries the cache holds.
+    /// Tokens that are not seen any more.
+    pub fn evicted(&self) -> usize {
+        self.context.cache().evicted(self.seq).unwrap_or_default()
+    }
+
+    /// The cache's policy.
+    pub fn policy(&self) -> String {
+        self.context.cache().options().keep.to_string()
+    }
+
+    /// Tokens after which a cache that keeps everything is full.
     pub fn ctx(&self) -> usize {
-        self.cache.capacity()
+        self.context.cache().options().ctx
+    }
+
+    /// Tokens after which no more fit; `None`: the cache forgets, and there is no end.
+    pub fn end(&self) -> Option<usize> {
+        self.context.cache().options().end()
     }
 
     /// Bytes of the cache.
     pub fn cache_bytes(&self) -> usize {
-        self.cache.bytes()
+        self.context.cache().bytes()
     }
 
-    /// Forgets all but the first `len` tokens.
-    pub fn truncate(&mut self, len: usize) {
-        self.tokens.truncate(len);
-        self.cache.truncate(len);
+    /// Forgets all but the first `len` tokens, or all but fewer if the cache lacks entries that the next token would see.
+    /// Returns how many are left.
+    pub fn truncate(&mut self, len: usize) -> usize {
+        self.context.cache_mut().truncate(self.seq, len).unwrap_or_default()
+    }
+
+    /// Forgets everything; the next token has this position. The distance of tokens is all that counts: logits are the same
+    /// but for rounding.
+    pub fn restart(&mut self, position: u64) -> Result<(), EngineError> {
+        self.context.cache_mut().free(self.seq)?;
+        self.seq = self.context.cache_mut().admit(position)?;
+        Ok(())
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
-        let n_vocab = self.model.info.n_vocab;
-        if let Some(&id) = tokens.iter().find(|&&t| t as usize >= n_vocab) {
-            return Err(EngineError::TokenId { id, n_vocab });
-        }
-        let need = self.tokens.len() + tokens.len();
-        if need > self.ctx() {
-            return Err(EngineError::Context { need, ctx: self.ctx() });
-        }
-        Ok(())
+        self.context.check(self.seq, tokens)
     }
 
     /// One batch of a prompt of `prompt` tokens, or (0) a decoded token.
     fn forward(&mut self, tokens: &[u32], prompt: usize) -> Result<(), EngineError> {
-        self.cache.begin(tokens.len(), prompt)?;
-        self.runner.forward(tokens, &mut self.cache)?;
-        self.cache.commit();
-        self.tokens.extend_from_slice(tokens);
-        Ok(())
+        self.context.forward(&[Rows { seq: self.seq, tokens, prompt }])
     }
 
     /// Appends `tokens` (at least one) and returns the logits `[vocab]` after the last of them.
@@ -326,11 +360,12 @@ impl Session {
         let Some(last) = tokens.len().checked_sub(1) else {
             return Err(EngineError::Option("there is no token to evaluate".into()));
         };
-        for chunk in tokens.chunks(self.batch) {
+        let batch = self.context.batch();
+        for chunk in tokens.chunks(batch) {
             self.forward(chunk, if last == 0 { 0 } else { tokens.len() })?;
         }
         self.logits.clear();
-        self.runner.logits(&[(last % self.batch) as u32], &mut self.logits)?;
+        self.context.logits(&[(last % batch) as u32], &mut self.logits)?;
         Ok(&mut self.logits)
     }
 
@@ -341,15 +376,15 @@ impl Session {
         mut each: impl FnMut(usize, &[f32]) -> Result<(), E>,
     ) -> Result<(), E> {
         self.check(tokens)?;
-        let n_vocab = self.model.info.n_vocab;
-        for (i, chunk) in tokens.chunks(self.batch).enumerate() {
+        let (n_vocab, batch) = (self.model().info.n_vocab, self.context.batch());
+        for (i, chunk) in tokens.chunks(batch).enumerate() {
             self.forward(chunk, tokens.len())?;
             let rows: Vec<u32> = (0..chunk.len() as u32).collect();
             for some in rows.chunks(crate::layers::head::HEAD_ROWS) {
                 self.logits.clear();
-                self.runner.logits(some, &mut self.logits).map_err(E::from)?;
+                self.context.logits(some, &mut self.logits).map_err(E::from)?;
                 for (row, logits) in some.iter().zip(self.logits.chunks_exact(n_vocab)) {
-                    each(i * self.batch + *row as usize, logits)?;
+                    each(i * batch + *row as usize, logits)?;
                 }
             }
         }
@@ -372,11 +407,12 @@ impl Session {
             return Err(EngineError::Option("the prompt is empty".into()));
         }
         // At least the last token is computed anew: its logits are needed.
-        let common = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
-        if prompt.len() >= self.ctx() {
-            return Err(EngineError::Context { need: prompt.len() + 1, ctx: self.ctx() });
+        let common =
+            self.tokens().iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
+        if let Some(ctx) = self.end().filter(|end| prompt.len() >= *end) {
+            return Err(EngineError::Context { need: prompt.len() + 1, ctx });
         }
-        self.truncate(common);
+        let common = self.truncate(common);
         let start = Instant::now();
         self.eval(&prompt[common..])?;
         sampler.prime(prompt);
@@ -388,8 +424,10 @@ impl Session {
             new_tokens: 0,
             decode_time: Duration::ZERO,
             tokens: Vec::new(),
+            evicted_tokens: 0,
+            policy: self.policy(),
         };
-        let model = self.model.clone();
+        let model = self.model().clone();
         let mut text = Tail {
             decoder: StreamDecoder::new(model.vocab(), o.special).showing(o.show.iter().copied()),
             scanner: StopScanner::new(&o.stop),
@@ -409,7 +447,7 @@ impl Session {
             if let Some(reason) = text.push(token, &mut on_text) {
                 break reason;
             }
-            if self.tokens.len() >= self.ctx() {
+            if self.end().is_some_and(|end| self.tokens().len() >= end) {
                 break FinishReason::ContextFull;
             }
             if o.max_tokens.is_some_and(|n| out.tokens.len() >= n) {
@@ -421,6 +459,7 @@ impl Session {
             out.reason = reason;
         }
         out.new_tokens = out.tokens.len();
+        out.evicted_tokens = self.evicted();
         out.decode_time = start.elapsed();
         Ok(out)
     }

@@ -310,6 +310,7 @@ pub trait Backend: Send + Sync {
     fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError>;
     fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError>;
     fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError>;
+    fn copy(&self, x: View<'_>, out: ViewMut<'_>) -> Result<(), KernelError>;
     fn embed(&self, table: &Weight, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<(), KernelError>;
     fn rms_norm(&self, x: View<'_>, w: &Vector, eps: f32, out: ViewMut<'_>) -> Result<(), KernelError>;
     fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError>;
@@ -328,6 +329,25 @@ pub trait Backend: Send + Sync {
         write: Write,
     ) -> Result<(), KernelError>;
     fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError>;
+    fn kv_move(&self, cache: &mut KvBuf, moves: &[(u32, u32)], cols: Range<usize>)
+    -> Result<(), KernelError>;
+    fn kv_read(
+        &self,
+        cache: &KvBuf,
+        slots: &[u32],
+        cols: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), KernelError>;
+    fn kv_rotate(
+        &self,
+        cache: &mut KvBuf,
+        slots: &[u32],
+        cols: Range<usize>,
+        heads: RopeHeads,
+        cos_sin: View<'_>,
+    ) -> Result<(), KernelError>;
+    fn kv_save(&self, cache: &KvBuf, slots: &[u32], out: &mut [u8]) -> Result<(), KernelError>;
+    fn kv_load(&self, cache: &mut KvBuf, slots: &[u32], bytes: &[u8]) -> Result<(), KernelError>;
     fn attention(
         &self,
         a: Attention<'_>,
@@ -339,9 +359,9 @@ pub trait Backend: Send + Sync {
 
 /// A backend behind its shape checks.
 #[derive(Clone)]
-pub struct Device(Arc<dyn Backend>);
+pub struct Device(pub(crate) Arc<dyn Backend>);
 
-fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Result<(), KernelError> {
+pub(crate) fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Result<(), KernelError> {
     if ok { Ok(()) } else { Err(KernelError::Shape(format!("{op}: {}", detail()))) }
 }
 

@@ -4,6 +4,7 @@ mod backend;
 mod buf;
 pub mod cpu;
 mod host_bytes;
+mod kv_ops;
 #[doc(hidden)]
 pub mod testing;
 

@@ -1,17 +1,22 @@
 //! The KV cache: what a model keeps of past tokens, and which of it each new token sees.
 
-mod cache;
+mod arena;
+mod geometry;
 mod policies;
 pub mod policy;
+mod pool;
 mod registry;
+mod ring;
 mod spec;
 mod vector;
 
-pub use cache::CacheTypes;
-pub(crate) use cache::{Cache, LayerSpec, SecondKind};
+pub use arena::{Arena, ArenaOptions, Rows, SeqId};
+pub use geometry::CacheTypes;
+pub(crate) use geometry::{LayerSpec, SecondKind};
 pub use policy::{KvError, KvPolicy};
 pub use registry::{
     Evict, Made, Make, MakePolicy, MakeWrapper, ParamError, ParamInfo, Params, PolicyInfo, register,
     registered,
 };
+pub use ring::Reach;
 pub use spec::{Budget, KvPlan, KvSpec, Positions, SetPlan, SpecError, Trigger};

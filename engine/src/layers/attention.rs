@@ -3,7 +3,8 @@
 
 use crate::EngineError;
 use crate::config::Hyper;
-use crate::kv::{Cache, LayerSpec, SecondKind};
+use crate::kv::{Arena, LayerSpec, SecondKind};
+use crate::layers::rope::Angles;
 use crate::weights::Loader;
 use kernels::{Attention, Buf, Device, Product, RopeHeads, RopeStyle, Vector, View, Weight, Write};
 
@@ -79,6 +80,8 @@ pub struct Gqa {
 pub struct GqaBufs {
     /// `[n, heads * key]`.
     q: Buf,
+    /// The same, rotated to look at sinks.
+    q_sink: Option<Buf>,
     /// `[n, kv_heads * key]`.
     k: Buf,
     /// `[n, kv_heads * value]`.
@@ -88,10 +91,11 @@ pub struct GqaBufs {
 }
 
 impl GqaBufs {
-    /// Buffers for `n` rows.
-    pub fn new(dev: &Device, s: &Shape, n: usize) -> Result<Self, EngineError> {
+    /// Buffers for `n` rows; `sinks`: the cache may have some.
+    pub fn new(dev: &Device, s: &Shape, n: usize, sinks: bool) -> Result<Self, EngineError> {
         Ok(Self {
             q: dev.alloc(n, s.heads * s.key)?,
+            q_sink: if sinks { Some(dev.alloc(n, s.heads * s.key)?) } else { None },
             k: dev.alloc(n, s.kv_heads * s.key)?,
             v: dev.alloc(n, s.kv_heads * s.value)?,
             o: dev.alloc(n, s.heads * s.value)?,
@@ -123,15 +127,15 @@ impl Gqa {
         })
     }
 
-    /// `out (=|+=) W_o attention(h)`; h `[n, d]` is normed, `cos_sin` `[n, rope_dims]`.
+    /// `out (=|+=) W_o attention(h)`; h `[n, d]` is normed.
     pub fn forward(
         &self,
         dev: &Device,
         s: &Shape,
         b: &mut GqaBufs,
         h: View<'_>,
-        cos_sin: View<'_>,
-        cache: &mut Cache,
+        angles: Angles<'_>,
+        cache: &mut Arena,
         layer: usize,
         out: kernels::ViewMut<'_>,
         write: Write,
@@ -150,15 +154,21 @@ impl Gqa {
             dev.rms_norm_heads(b.k.view_mut(n), k_norm, *eps)?;
         }
         let heads = RopeHeads { head_dim: s.key, offset: 0, dims: s.rope_dims, style: s.style };
-        dev.rope(b.q.view_mut(n), heads, cos_sin)?;
-        dev.rope(b.k.view_mut(n), heads, cos_sin)?;
+        let mut q_sink = None;
+        if let (Some(at), Some(q)) = (angles.sink, &mut b.q_sink) {
+            dev.copy(b.q.view(n), q.view_mut(n))?;
+            dev.rope(q.view_mut(n), heads, at)?;
+            q_sink = Some(q.view(n));
+        }
+        dev.rope(b.q.view_mut(n), heads, angles.own)?;
+        dev.rope(b.k.view_mut(n), heads, angles.own)?;
         let (kv, visible) = cache.append(dev, layer, b.k.view(n), b.v.view(n))?;
         let attention = Attention {
             heads: s.heads,
             kv_heads: s.kv_heads,
             scale: s.scale,
             q: b.q.view(n),
-            q_sink: None,
+            q_sink,
             k: &kv.first,
             v: &kv.second,
             visible,

@@ -2,7 +2,8 @@
 //! latent and one rotated key shared by all heads; keys and values of heads are never stored.
 
 use crate::EngineError;
-use crate::kv::{Cache, LayerSpec, SecondKind};
+use crate::kv::{Arena, LayerSpec, SecondKind};
+use crate::layers::rope::Angles;
 use crate::weights::Loader;
 use kernels::{Buf, Device, Mla as MlaOp, MlaUp, RopeHeads, RopeStyle, Vector, View, ViewMut, Weight, Write};
 
@@ -66,6 +67,8 @@ pub struct MlaBufs {
     qa: Option<(Buf, Buf)>,
     /// `[n, heads * (nope + rope)]`.
     q: Buf,
+    /// The same, rotated to look at sinks.
+    q_sink: Option<Buf>,
     /// `[n, latent + rope]`: the latent and the shared key as projected.
     kv: Buf,
     /// `[n, latent]`: the latent, normalised.
@@ -75,15 +78,17 @@ pub struct MlaBufs {
 }
 
 impl MlaBufs {
-    /// Buffers for `n` rows.
-    pub fn new(dev: &Device, s: &Shape, n: usize) -> Result<Self, EngineError> {
+    /// Buffers for `n` rows; `sinks`: the cache may have some.
+    pub fn new(dev: &Device, s: &Shape, n: usize, sinks: bool) -> Result<Self, EngineError> {
+        let heads = s.heads * (s.nope + s.rope);
         let qa = match s.q_lora {
             Some(r) => Some((dev.alloc(n, r)?, dev.alloc(n, r)?)),
             None => None,
         };
         Ok(Self {
             qa,
-            q: dev.alloc(n, s.heads * (s.nope + s.rope))?,
+            q: dev.alloc(n, heads)?,
+            q_sink: if sinks { Some(dev.alloc(n, heads)?) } else { None },
             kv: dev.alloc(n, s.latent + s.rope)?,
             c: dev.alloc(n, s.latent)?,
             o: dev.alloc(n, s.heads * s.value)?,
@@ -123,15 +128,15 @@ impl Mla {
         })
     }
 
-    /// `out += W_o attention(h)`; h `[n, d]` is normed, `cos_sin` `[n, rope]`.
+    /// `out += W_o attention(h)`; h `[n, d]` is normed.
     pub fn forward(
         &self,
         dev: &Device,
         s: &Shape,
         b: &mut MlaBufs,
         h: View<'_>,
-        cos_sin: View<'_>,
-        cache: &mut Cache,
+        angles: Angles<'_>,
+        cache: &mut Arena,
         layer: usize,
         out: ViewMut<'_>,
     ) -> Result<(), EngineError> {
@@ -151,10 +156,16 @@ impl Mla {
         dev.rms_norm(b.kv.part(n, 0..s.latent), &self.kv_norm, s.eps, b.c.view_mut(n))?;
         let q_heads =
             RopeHeads { head_dim: s.nope + s.rope, offset: s.nope, dims: s.rope, style: RopeStyle::Adjacent };
-        dev.rope(b.q.view_mut(n), q_heads, cos_sin)?;
+        let mut q_sink = None;
+        if let (Some(at), Some(q)) = (angles.sink, &mut b.q_sink) {
+            dev.copy(b.q.view(n), q.view_mut(n))?;
+            dev.rope(q.view_mut(n), q_heads, at)?;
+            q_sink = Some(q.view(n));
+        }
+        dev.rope(b.q.view_mut(n), q_heads, angles.own)?;
         let k_pe = s.latent..s.latent + s.rope;
         let k_head = RopeHeads { head_dim: s.rope, offset: 0, dims: s.rope, style: RopeStyle::Adjacent };
-        dev.rope(b.kv.part_mut(n, k_pe.clone()), k_head, cos_sin)?;
+        dev.rope(b.kv.part_mut(n, k_pe.clone()), k_head, angles.own)?;
         let (kv, visible) = cache.append(dev, layer, b.c.view(n), b.kv.part(n, k_pe))?;
         let op = MlaOp {
             heads: s.heads,
@@ -163,7 +174,7 @@ impl Mla {
             value: s.value,
             scale: s.scale,
             q: b.q.view(n),
-            q_sink: None,
+            q_sink,
             latent: &kv.first,
             k_pe: &kv.second,
             up: match &self.up {

@@ -2,6 +2,10 @@
 //!
 //! RoPE: arXiv:2104.09864. YaRN: arXiv:2309.00071. Positions may pass 2^31: angles are f64 throughout.
 
+use crate::EngineError;
+use crate::kv::Arena;
+use kernels::{Buf, Device, View};
+
 /// How frequencies are stretched for longer contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {
@@ -97,11 +101,90 @@ impl Rope {
     /// Fills `out` with one row per position: dims/2 cosines, then dims/2 sines.
     pub fn table(&self, positions: &[u64], out: &mut Vec<f32>) {
         out.clear();
-        for &p in positions {
-            let angle = |f: &f64| p as f64 * f;
-            out.extend(self.freqs.iter().map(|f| (angle(f).cos() * self.magnitude) as f32));
-            out.extend(self.freqs.iter().map(|f| (angle(f).sin() * self.magnitude) as f32));
+        out.resize(positions.len() * self.dims(), 0.0);
+        for (&p, row) in positions.iter().zip(out.chunks_exact_mut(self.dims())) {
+            let (cos, sin) = row.split_at_mut(self.freqs.len());
+            for ((f, c), s) in self.freqs.iter().zip(cos).zip(sin) {
+                let turned = turn(p, *f);
+                *c = (turned.0 * self.magnitude) as f32;
+                *s = (turned.1 * self.magnitude) as f32;
+            }
         }
+    }
+}
+
+/// Cosine and sine of p f. What rounding takes off the product is given back, so that the difference of two positions counts
+/// alike wherever they lie.
+fn turn(p: u64, f: f64) -> (f64, f64) {
+    let angle = p as f64 * f;
+    let (sin, cos) = angle.sin_cos();
+    // Below, the rest is under 2^-32 and no f32 shows it.
+    if p < 1 << 20 {
+        return (cos, sin);
+    }
+    let rest = (p as f64).mul_add(f, -angle);
+    (cos - rest * sin, sin + rest * cos)
+}
+
+/// The cosines and sines of a batch's rows, made when a layer asks and kept as long as its positions are the same.
+pub struct RopeTable {
+    rope: Rope,
+    /// `[n, dims]`.
+    own: Buf,
+    /// `[n, dims]`: at the positions where queries look at sinks.
+    sink: Option<Buf>,
+    made: (Option<usize>, Option<usize>),
+    angles: Vec<f32>,
+}
+
+/// One layer's rotations, `[n, dims]`: dims/2 cosines, then dims/2 sines.
+#[derive(Clone, Copy)]
+pub struct Angles<'a> {
+    /// Of keys, and of queries looking at the window.
+    pub own: View<'a>,
+    /// Of queries looking at sinks, where they differ.
+    pub sink: Option<View<'a>>,
+}
+
+impl RopeTable {
+    /// For batches of `n` rows; `sinks`: the cache may have some.
+    pub fn new(dev: &Device, rope: &Rope, n: usize, sinks: bool) -> Result<Self, EngineError> {
+        let own = dev.alloc(n, rope.dims())?;
+        let sink = if sinks { Some(dev.alloc(n, rope.dims())?) } else { None };
+        Ok(Self { rope: rope.clone(), own, sink, made: (None, None), angles: Vec::new() })
+    }
+
+    /// A new batch begins.
+    pub fn begin(&mut self) {
+        self.made = (None, None);
+    }
+
+    /// The rotations of the batch that the cache has begun, in layer `l`.
+    pub fn at(&mut self, dev: &Device, cache: &Arena, l: usize) -> Result<Angles<'_>, EngineError> {
+        let (set, positions) = cache.positions(l);
+        let n = positions.len();
+        if self.made.0 != Some(set) {
+            self.rope.table(positions, &mut self.angles);
+            dev.write(self.own.view_mut(n), &self.angles)?;
+            self.made.0 = Some(set);
+        }
+        let sink = match (cache.sink_positions(l), &mut self.sink) {
+            (None, _) => None,
+            (Some(_), None) => {
+                return Err(EngineError::Option(
+                    "the cache has sinks, but no buffers for them were made".into(),
+                ));
+            }
+            (Some((set, positions)), Some(sink)) => {
+                if self.made.1 != Some(set) {
+                    self.rope.table(positions, &mut self.angles);
+                    dev.write(sink.view_mut(n), &self.angles)?;
+                    self.made.1 = Some(set);
+                }
+                Some(sink.view(n))
+            }
+        };
+        Ok(Angles { own: self.own.view(n), sink })
     }
 }
 
@@ -141,6 +224,17 @@ mod tests {
         let mut t = Vec::new();
         r.table(&[1 << 33], &mut t);
         assert!((f64::from(t[0]) - ((1u64 << 33) as f64).cos()).abs() < 1e-7);
+    }
+
+    #[test]
+    fn a_rotation_and_its_inverse_cancel_far_out() {
+        // 1/3 is no f64: its product with a far position is rounded.
+        let near = (5f64 / 3.0).sin_cos();
+        for base in [1u64 << 31, 1 << 40, (1 << 50) + 12_345] {
+            let (a, b) = (turn(base + 5, 1.0 / 3.0), turn(base, 1.0 / 3.0));
+            let (cos, sin) = (a.0 * b.0 + a.1 * b.1, a.1 * b.0 - a.0 * b.1);
+            assert!((sin - near.0).abs() < 1e-12 && (cos - near.1).abs() < 1e-12, "{base}");
+        }
     }
 
     #[test]

@@ -4,11 +4,11 @@
 use super::{Dims, Network, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
-use crate::kv::{Cache, LayerSpec};
+use crate::kv::{Arena, LayerSpec};
 use crate::layers::attention::{Gqa, GqaBufs, Shape};
 use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
-use crate::layers::rope::{Rope, Scaling};
+use crate::layers::rope::{Rope, RopeTable, Scaling};
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Limits, RopeStyle, Vector, Weight, Write};
 use std::sync::Arc;
@@ -108,17 +108,16 @@ impl Network for Gemma3 {
         Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, dev: &Device, n: usize, sinks: bool) -> Result<Box<dyn Runner>, EngineError> {
         let d = self.attn.d;
         Ok(Box::new(Gemma3Runner {
             x: dev.alloc(n, d)?,
             h: dev.alloc(n, d)?,
             y: dev.alloc(n, d)?,
-            local: dev.alloc(n, self.local_rope.dims())?,
-            global: dev.alloc(n, self.global_rope.dims())?,
-            attn: GqaBufs::new(dev, &self.attn, n)?,
+            local: RopeTable::new(dev, &self.local_rope, n, sinks)?,
+            global: RopeTable::new(dev, &self.global_rope, n, sinks)?,
+            attn: GqaBufs::new(dev, &self.attn, n, sinks)?,
             head: self.head.bufs(dev, n)?,
-            angles: Vec::new(),
             rows: 0,
             m: self,
         }))
@@ -133,39 +132,26 @@ struct Gemma3Runner {
     h: Buf,
     /// `[n, d]`: a sub-layer's output.
     y: Buf,
-    /// `[n, rope_dims]`: cosines and sines of the local layers.
-    local: Buf,
-    /// `[n, rope_dims]`: and of the global ones.
-    global: Buf,
+    /// Cosines and sines of the local layers.
+    local: RopeTable,
+    /// And of the global ones.
+    global: RopeTable,
     attn: GqaBufs,
     head: HeadBufs,
-    angles: Vec<f32>,
     rows: usize,
 }
 
 impl Runner for Gemma3Runner {
-    fn forward(&mut self, tokens: &[u32], cache: &mut Cache) -> Result<(), EngineError> {
-        let Self { m, x, h, y, local, global, attn, angles, .. } = self;
+    fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
+        let Self { m, x, h, y, local, global, attn, .. } = self;
         let (dev, n) = (&m.dev, tokens.len());
         dev.embed(&m.embed, tokens, (m.attn.d as f32).sqrt(), x.view_mut(n))?;
-        m.local_rope.table(cache.positions(), angles);
-        dev.write(local.view_mut(n), angles)?;
-        m.global_rope.table(cache.positions(), angles);
-        dev.write(global.view_mut(n), angles)?;
+        local.begin();
+        global.begin();
         for (i, layer) in m.layers.iter().enumerate() {
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
-            let cos_sin = if layer.global { global.view(n) } else { local.view(n) };
-            layer.attn.forward(
-                dev,
-                &m.attn,
-                attn,
-                h.view(n),
-                cos_sin,
-                cache,
-                i,
-                y.view_mut(n),
-                Write::Set,
-            )?;
+            let angles = if layer.global { &mut *global } else { &mut *local }.at(dev, cache, i)?;
+            layer.attn.forward(dev, &m.attn, attn, h.view(n), angles, cache, i, y.view_mut(n), Write::Set)?;
             dev.rms_norm(y.view(n), &layer.post_attn_norm, m.eps, h.view_mut(n))?;
             dev.add(h.view(n), x.view_mut(n))?;
 

@@ -8,7 +8,7 @@ mod qwen;
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::gguf::File;
-use crate::kv::{Cache, LayerSpec};
+use crate::kv::{Arena, LayerSpec};
 use crate::weights::Loader;
 use kernels::{Device, Limits};
 use std::sync::Arc;
@@ -32,14 +32,19 @@ pub trait Network: Send + Sync {
     fn cache_specs(&self) -> Vec<LayerSpec>;
     /// What its operations will ask of a device, for batches of `tokens` rows over `slots` cache entries.
     fn limits(&self, tokens: usize, slots: usize) -> Limits;
-    /// A runner with buffers for batches of up to `tokens` rows.
-    fn runner(self: Arc<Self>, dev: &Device, tokens: usize) -> Result<Box<dyn Runner>, EngineError>;
+    /// A runner with buffers for batches of up to `tokens` rows; `sinks`: the cache may have some.
+    fn runner(
+        self: Arc<Self>,
+        dev: &Device,
+        tokens: usize,
+        sinks: bool,
+    ) -> Result<Box<dyn Runner>, EngineError>;
 }
 
 /// A network with the buffers of a forward pass.
 pub trait Runner: Send {
     /// Runs `tokens` through all layers; the cache has begun as many. The residual stream stays in the runner.
-    fn forward(&mut self, tokens: &[u32], cache: &mut Cache) -> Result<(), EngineError>;
+    fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError>;
     /// Appends the logits of the given rows of the last batch, `[rows.len(), vocab]`.
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError>;
 }

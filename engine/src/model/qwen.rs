@@ -3,12 +3,12 @@
 use super::{Dims, Network, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
-use crate::kv::{Cache, LayerSpec};
+use crate::kv::{Arena, LayerSpec};
 use crate::layers::attention::{Gqa, GqaBufs, Shape};
 use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
 use crate::layers::moe::{FeedForward, Moe, Routing};
-use crate::layers::rope::Rope;
+use crate::layers::rope::{Rope, RopeTable};
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Gating, Limits, RopeStyle, Routes, Vector, Weight, Write};
 use std::sync::Arc;
@@ -112,15 +112,14 @@ impl Network for Qwen {
         Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, dev: &Device, n: usize, sinks: bool) -> Result<Box<dyn Runner>, EngineError> {
         Ok(Box::new(QwenRunner {
             x: dev.alloc(n, self.attn.d)?,
             h: dev.alloc(n, self.attn.d)?,
-            cos_sin: dev.alloc(n, self.rope.dims())?,
-            attn: GqaBufs::new(dev, &self.attn, n)?,
+            rope: RopeTable::new(dev, &self.rope, n, sinks)?,
+            attn: GqaBufs::new(dev, &self.attn, n, sinks)?,
             head: self.head.bufs(dev, n)?,
             routes: Routes::default(),
-            angles: Vec::new(),
             rows: 0,
             m: self,
         }))
@@ -133,26 +132,23 @@ struct QwenRunner {
     x: Buf,
     /// `[n, d]`: a sub-layer's normed input.
     h: Buf,
-    /// `[n, rope_dims]`.
-    cos_sin: Buf,
+    rope: RopeTable,
     attn: GqaBufs,
     head: HeadBufs,
     routes: Routes,
-    angles: Vec<f32>,
     rows: usize,
 }
 
 impl Runner for QwenRunner {
-    fn forward(&mut self, tokens: &[u32], cache: &mut Cache) -> Result<(), EngineError> {
-        let Self { m, x, h, cos_sin, attn, routes, angles, .. } = self;
+    fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
+        let Self { m, x, h, rope, attn, routes, .. } = self;
         let (dev, n) = (&m.dev, tokens.len());
         dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
-        m.rope.table(cache.positions(), angles);
-        dev.write(cos_sin.view_mut(n), angles)?;
+        rope.begin();
         for (i, layer) in m.layers.iter().enumerate() {
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
-            let (hv, cs, out) = (h.view(n), cos_sin.view(n), x.view_mut(n));
-            layer.attn.forward(dev, &m.attn, attn, hv, cs, cache, i, out, Write::Add)?;
+            let (hv, angles, out) = (h.view(n), rope.at(dev, cache, i)?, x.view_mut(n));
+            layer.attn.forward(dev, &m.attn, attn, hv, angles, cache, i, out, Write::Add)?;
             dev.rms_norm(x.view(n), &layer.ffn_norm, m.eps, h.view_mut(n))?;
             layer.ffn.forward(dev, h.view(n), routes, x.view_mut(n), Write::Add)?;
         }

@@ -5,6 +5,7 @@ use super::isa::Isa;
 use super::lanes::{Kernel, Simd, W, padded};
 use crate::KvBuf;
 use quant::DType;
+use std::ops::Range;
 
 /// Columns `col..col + len` of `rows` cache rows from `slot` on, to f32 rows of `stride`, zeros up to whole vectors.
 #[derive(Clone, Copy)]
@@ -213,5 +214,37 @@ pub fn write(isa: Isa, x: &[f32], cache: &mut KvBuf, slot: usize) {
     if done < x.len() {
         let bytes = if done > 0 { 2 * done } else { 0 };
         quantize(&x[done..], &mut row[bytes..], None);
+    }
+}
+
+/// Columns `cols` of a slot into `out`, of their length exactly.
+pub fn read_row(isa: Isa, cache: &KvBuf, slot: usize, cols: &Range<usize>, out: &mut [f32]) {
+    assert!(out.len() == cols.len());
+    let mut some = [0.0f32; 512];
+    let mut at = 0;
+    // In pieces, since the reader writes whole vectors.
+    while at < out.len() {
+        let n = some.len().min(out.len() - at);
+        // SAFETY: n <= 512, a multiple of a vector's length.
+        unsafe { read(isa, cache, slot, 1, cols.start + at, n, some.as_mut_ptr(), some.len()) };
+        out[at..at + n].copy_from_slice(&some[..n]);
+        at += n;
+    }
+}
+
+/// Stores columns `cols`, whole blocks, of a slot.
+pub fn write_cols(x: &[f32], cache: &mut KvBuf, slot: usize, cols: &Range<usize>) {
+    let quantize = cache.dtype().format().quantize.expect("every cache type can be written");
+    let bytes = cache.byte_range(cols).expect("checked to be whole blocks");
+    quantize(x, &mut cache.row_mut(slot)[bytes], None);
+}
+
+/// Copies columns `cols`, whole blocks, from slot to slot.
+pub fn copy(cache: &mut KvBuf, moves: &[(u32, u32)], cols: &Range<usize>) {
+    let bytes = cache.byte_range(cols).expect("checked to be whole blocks");
+    let row = cache.row_bytes();
+    for &(from, to) in moves {
+        let from = from as usize * row;
+        cache.data.copy_within(from + bytes.start..from + bytes.end, to as usize * row + bytes.start);
     }
 }

@@ -29,6 +29,7 @@ use crate::backend::*;
 use crate::{Buf, KernelError, KvBuf, Vector, View, ViewMut, Weight};
 use quant::DType;
 use scratch::Shared;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
 /// Working memory, kept between calls.
@@ -123,6 +124,11 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn copy(&self, x: View<'_>, mut out: ViewMut<'_>) -> Result<(), KernelError> {
+        (0..x.rows()).for_each(|i| out.row_mut(i).copy_from_slice(x.row(i)));
+        Ok(())
+    }
+
     fn embed(
         &self,
         table: &Weight,
@@ -207,6 +213,59 @@ impl Backend for CpuBackend {
         for (i, &slot) in slots.iter().enumerate() {
             cache::write(self.isa, x.row(i), cache, slot as usize);
         }
+        Ok(())
+    }
+
+    fn kv_move(
+        &self,
+        cache: &mut KvBuf,
+        moves: &[(u32, u32)],
+        cols: Range<usize>,
+    ) -> Result<(), KernelError> {
+        cache::copy(cache, moves, &cols);
+        Ok(())
+    }
+
+    fn kv_read(
+        &self,
+        cache: &KvBuf,
+        slots: &[u32],
+        cols: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), KernelError> {
+        for (&slot, row) in slots.iter().zip(out.chunks_exact_mut(cols.len())) {
+            cache::read_row(self.isa, cache, slot as usize, &cols, row);
+        }
+        Ok(())
+    }
+
+    fn kv_rotate(
+        &self,
+        cache: &mut KvBuf,
+        slots: &[u32],
+        cols: Range<usize>,
+        heads: RopeHeads,
+        cos_sin: View<'_>,
+    ) -> Result<(), KernelError> {
+        let mut row = vec![0.0; cols.len()];
+        for (i, &slot) in slots.iter().enumerate() {
+            cache::read_row(self.isa, cache, slot as usize, &cols, &mut row);
+            let (cos, sin) = cos_sin.row(i).split_at(heads.dims / 2);
+            ops::rope(self.isa, &mut row, heads.head_dim, heads.offset, heads.style, cos, sin);
+            cache::write_cols(&row, cache, slot as usize, &cols);
+        }
+        Ok(())
+    }
+
+    fn kv_save(&self, cache: &KvBuf, slots: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
+        let rows = out.chunks_exact_mut(cache.row_bytes());
+        slots.iter().zip(rows).for_each(|(&s, row)| row.copy_from_slice(cache.row(s as usize)));
+        Ok(())
+    }
+
+    fn kv_load(&self, cache: &mut KvBuf, slots: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
+        let rows = bytes.chunks_exact(cache.row_bytes());
+        slots.iter().zip(rows).for_each(|(&s, row)| cache.row_mut(s as usize).copy_from_slice(row));
         Ok(())
     }
 

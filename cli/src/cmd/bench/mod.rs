@@ -7,7 +7,7 @@ use crate::model::{LoadConfig, SessionConfig, Source};
 use crate::output;
 use anyhow::Result;
 use engine::gguf::Summary;
-use engine::{CacheTypes, DType, Model, Session};
+use engine::{DType, Model, Session};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -44,6 +44,13 @@ pub struct Setup {
     pub batch: usize,
     pub cache_k: DType,
     pub cache_v: DType,
+}
+
+impl Setup {
+    fn session(&self, ctx: usize) -> SessionConfig {
+        let Setup { batch, cache_k, cache_v, .. } = *self;
+        SessionConfig { ctx: Some(ctx), batch, cache_k, cache_v }
+    }
 }
 
 /// One test.
@@ -128,7 +135,7 @@ pub fn run(c: &Config) -> Result<()> {
             std::thread::sleep(c.delay);
             let (seconds, time) = (measure(c, setup, &model, test)?, now());
             let depth = test.depth + test.generated / 2;
-            let cache = model.cache_bytes(CacheTypes { k: setup.cache_k, v: setup.cache_v }, depth.max(1))?;
+            let cache = model.read_bytes(&setup.session(0).options(0), depth.max(1))?;
             let token_bytes = model.info().read_bytes_per_token as f64 + cache as f64;
             let info = info.clone();
             let outcome = Outcome { setup: setup.clone(), test, info, seconds, time, token_bytes, bandwidth };
@@ -153,9 +160,7 @@ fn describe(model: &Model) -> Result<Info> {
 /// Seconds of each repetition.
 fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<Vec<f64>> {
     let ctx = test.depth + test.prompt + test.generated;
-    let config =
-        SessionConfig { ctx: Some(ctx), batch: setup.batch, cache_k: setup.cache_k, cache_v: setup.cache_v };
-    let mut session = config.open(model, ctx)?;
+    let mut session = setup.session(ctx).open(model, ctx)?;
     let mut ids = Ids::new(model);
     // Warm-up: pages of the mapped file are read, threads are awake, clocks are up.
     if test.prompt > 0 {

@@ -7,7 +7,7 @@ use crate::chat;
 use anyhow::{Context, Result};
 use engine::text::thinking::{Part, Splitter, ThinkTags};
 use engine::text::{ChatTemplate, EncodeOptions};
-use engine::{CacheTypes, FinishReason, Generated, Model, Sampler, Session};
+use engine::{FinishReason, Generated, Model, Sampler, Session};
 use serde_json::{Value, json};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -183,9 +183,9 @@ impl Conversation {
             if done.reason == FinishReason::Length {
                 eprintln!("note: the answer ended at the limit of new tokens (-n)");
             }
-            let types = CacheTypes { k: self.config.session.cache_k, v: self.config.session.cache_v };
             let depth = done.prompt_tokens + done.new_tokens / 2;
-            let cache = self.model.cache_bytes(types, depth).unwrap_or(0);
+            let options = self.config.session.options(self.session.ctx());
+            let cache = self.model.read_bytes(&options, depth).unwrap_or(0);
             let read = info.read_bytes_per_token as f64 + cache as f64;
             eprint!("\n{}", timings(done, std::mem::take(&mut self.load_time), read));
         }

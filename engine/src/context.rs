@@ -1,0 +1,117 @@
+//! Several sequences on one model: their cache, the buffers of a forward pass, and passes over rows of any of them. A row's
+//! logits are the same bits alone or beside others. [`crate::Session`] is one sequence on a context of its own.
+
+use crate::EngineError;
+use crate::kv::{Arena, ArenaOptions, CacheTypes, Rows, SeqId};
+use crate::model::Runner;
+use crate::session::{Model, SessionOptions};
+use std::sync::Arc;
+
+/// See the module.
+pub struct Context {
+    model: Arc<Model>,
+    runner: Box<dyn Runner>,
+    arena: Arena,
+    batch: usize,
+    rows: usize,
+    ids: Vec<u32>,
+}
+
+impl Context {
+    /// Allocates a cache for `sequences` sequences, each of the size that the options say, and the buffers.
+    ///
+    /// # Errors
+    /// Impossible sizes or cache types, or memory that cannot be had.
+    pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
+        let options = arena_options(o, sequences);
+        let (net, dev) = (model.network(), model.device());
+        let specs = net.cache_specs();
+        let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
+        let (batch, sinks) = (options.chunk, options.keep.sinks > 0);
+        let seen = options.seen(&specs);
+        let arena = Arena::new(dev, &specs, types, options)?;
+        // Even with short batches, one token of every sequence fits a pass.
+        let rows = batch.max(sequences);
+        dev.reserve(&net.limits(rows, seen))?;
+        let runner = net.clone().runner(dev, rows, sinks)?;
+        Ok(Self { model: model.clone(), runner, arena, batch, rows, ids: Vec::new() })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// The same, to admit, fork, truncate and free sequences.
+    pub fn cache_mut(&mut self) -> &mut Arena {
+        &mut self.arena
+    }
+
+    /// Rows of one sequence in a pass at most.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Rows of a pass at most.
+    pub fn max_rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Checks that `tokens` are in the vocabulary and may be appended to `seq`.
+    ///
+    /// # Errors
+    /// [`EngineError::TokenId`], [`EngineError::Context`], [`EngineError::NoSequence`].
+    pub fn check(&self, seq: SeqId, tokens: &[u32]) -> Result<(), EngineError> {
+        let n_vocab = self.model.info().n_vocab;
+        if let Some(&id) = tokens.iter().find(|&&t| t as usize >= n_vocab) {
+            return Err(EngineError::TokenId { id, n_vocab });
+        }
+        let need = self.arena.tokens(seq)?.len() + tokens.len();
+        match self.arena.options().end() {
+            Some(ctx) if need > ctx => Err(EngineError::Context { need, ctx }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Appends the rows' tokens to their sequences, all in one pass.
+    ///
+    /// # Errors
+    /// As [`Context::check`], and too many rows; then nothing has changed.
+    pub fn forward(&mut self, rows: &[Rows<'_>]) -> Result<(), EngineError> {
+        self.ids.clear();
+        for r in rows {
+            self.check(r.seq, r.tokens)?;
+            self.ids.extend_from_slice(r.tokens);
+        }
+        if self.ids.is_empty() || self.ids.len() > self.rows {
+            let n = self.ids.len();
+            return Err(EngineError::Option(format!(
+                "{n} rows in one pass, 1 to {} are possible",
+                self.rows
+            )));
+        }
+        self.arena.begin(self.model.device(), rows)?;
+        self.runner.forward(&self.ids, &mut self.arena)?;
+        self.arena.commit();
+        Ok(())
+    }
+
+    /// Appends the logits `[rows.len(), vocab]` of the given rows of the last pass to `out`.
+    pub fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        if let Some(r) = rows.iter().find(|r| **r as usize >= self.ids.len()) {
+            return Err(EngineError::Option(format!("row {r} of a pass of {}", self.ids.len())));
+        }
+        self.runner.logits(rows, out)
+    }
+}
+
+/// The cache that a session of these options asks for.
+pub fn arena_options(o: &SessionOptions, sequences: usize) -> ArenaOptions {
+    let chunk = if o.kv.window.is_some() { o.batch } else { o.batch.min(o.ctx) };
+    ArenaOptions { ctx: o.ctx, chunk, sequences, keep: o.kv }
+}
