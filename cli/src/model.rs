@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use engine::gguf::{File, OpenMode};
-use engine::{DType, EngineError, LoadOptions, Model, Session, SessionOptions};
+use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Session, SessionOptions};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,13 +27,14 @@ pub struct LoadConfig {
 }
 
 /// A session's size as asked for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct SessionConfig {
     /// `None`: the smaller of 4096 and what the model was trained for; 0: what it was trained for.
     pub ctx: Option<usize>,
     pub batch: usize,
     pub cache_k: DType,
     pub cache_v: DType,
+    pub kv: KvSpec,
 }
 
 impl Source {
@@ -110,8 +111,8 @@ impl SessionConfig {
 
     /// The engine's options for a context of `ctx` entries.
     pub fn options(&self, ctx: usize) -> SessionOptions {
-        let Self { batch, cache_k, cache_v, .. } = *self;
-        SessionOptions { ctx, batch, cache_k, cache_v, ..SessionOptions::default() }
+        let Self { batch, cache_k, cache_v, ref kv, .. } = *self;
+        SessionOptions { ctx, batch, cache_k, cache_v, kv: kv.clone(), ..SessionOptions::default() }
     }
 
     /// Opens a session with `ctx` entries.

@@ -2,7 +2,7 @@
 //! logits are the same bits alone or beside others. [`crate::Session`] is one sequence on a context of its own.
 
 use crate::EngineError;
-use crate::kv::{Arena, ArenaOptions, CacheTypes, Rows, SeqId};
+use crate::kv::{Arena, ArenaOptions, CacheTypes, KvPlan, KvSpec, Reach, Rows, SeqId};
 use crate::model::Runner;
 use crate::session::{Model, SessionOptions};
 use std::sync::Arc;
@@ -12,6 +12,7 @@ pub struct Context {
     model: Arc<Model>,
     runner: Box<dyn Runner>,
     arena: Arena,
+    policy: KvSpec,
     batch: usize,
     rows: usize,
     ids: Vec<u32>,
@@ -23,7 +24,7 @@ impl Context {
     /// # Errors
     /// Impossible sizes or cache types, or memory that cannot be had.
     pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
-        let options = arena_options(o, sequences);
+        let options = arena_options(o, sequences)?;
         let (net, dev) = (model.network(), model.device());
         let specs = net.cache_specs();
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
@@ -34,12 +35,17 @@ impl Context {
         let rows = batch.max(sequences);
         dev.reserve(&net.limits(rows, seen))?;
         let runner = net.clone().runner(dev, rows, sinks)?;
-        Ok(Self { model: model.clone(), runner, arena, batch, rows, ids: Vec::new() })
+        Ok(Self { model: model.clone(), runner, arena, policy: o.kv.clone(), batch, rows, ids: Vec::new() })
     }
 
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
         &self.model
+    }
+
+    /// What the cache keeps.
+    pub fn policy(&self) -> &KvSpec {
+        &self.policy
     }
 
     /// The cache.
@@ -111,7 +117,18 @@ impl Context {
 }
 
 /// The cache that a session of these options asks for.
-pub fn arena_options(o: &SessionOptions, sequences: usize) -> ArenaOptions {
-    let chunk = if o.kv.window.is_some() { o.batch } else { o.batch.min(o.ctx) };
-    ArenaOptions { ctx: o.ctx, chunk, sequences, keep: o.kv }
+///
+/// # Errors
+/// A configuration that does not fit the context.
+pub fn arena_options(o: &SessionOptions, sequences: usize) -> Result<ArenaOptions, EngineError> {
+    let keep = match o.kv.plan(o.ctx, &[])? {
+        KvPlan::Full => Reach { sinks: 0, window: None },
+        KvPlan::Ring { sinks, window } => Reach { sinks, window: Some(window) },
+        KvPlan::Set(_) => {
+            let why = format!("--kv {}: policies that choose are not executed yet", o.kv);
+            return Err(EngineError::Option(why));
+        }
+    };
+    let chunk = if keep.window.is_some() { o.batch } else { o.batch.min(o.ctx) };
+    Ok(ArenaOptions { ctx: o.ctx, chunk, sequences, keep })
 }

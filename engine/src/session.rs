@@ -18,7 +18,7 @@
 use crate::EngineError;
 use crate::context::{Context, arena_options};
 use crate::gguf::{File, OpenMode};
-use crate::kv::{CacheTypes, Reach, Rows, SeqId};
+use crate::kv::{CacheTypes, KvSpec, Rows, SeqId};
 use crate::model::{self, Network};
 use crate::sample::Sampler;
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
@@ -149,14 +149,15 @@ impl Model {
     pub fn read_bytes(&self, o: &SessionOptions, depth: usize) -> Result<usize, EngineError> {
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
         let seen = |w: Option<usize>| w.map_or(depth, |w| w.min(depth));
-        let keep = seen(o.kv.window.map(|w| w + o.kv.sinks));
+        let reach = arena_options(o, 1)?.keep;
+        let keep = seen(reach.window.map(|w| w + reach.sinks));
         self.network.cache_specs().iter().map(|s| types.bytes(s, seen(s.window).min(keep))).sum()
     }
 
     /// Bytes of the cache of `sequences` sequences of these options.
     pub fn cache_bytes(&self, o: &SessionOptions, sequences: usize) -> Result<usize, EngineError> {
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
-        arena_options(o, sequences).bytes(&self.network.cache_specs(), types)
+        arena_options(o, sequences)?.bytes(&self.network.cache_specs(), types)
     }
 }
 
@@ -208,7 +209,7 @@ pub struct SessionOptions {
     /// Cache type of MLA's shared rotary key; `None`: that of the latent, but not below f16.
     pub cache_k_pe: Option<DType>,
     /// What the cache keeps of past tokens.
-    pub kv: Reach,
+    pub kv: KvSpec,
 }
 
 impl Default for SessionOptions {
@@ -220,7 +221,7 @@ impl Default for SessionOptions {
             cache_k: DType::F16,
             cache_v: DType::F16,
             cache_k_pe: None,
-            kv: Reach { sinks: 0, window: None },
+            kv: KvSpec::default(),
         }
     }
 }
@@ -313,7 +314,7 @@ impl Session {
 
     /// The cache's policy.
     pub fn policy(&self) -> String {
-        self.context.cache().options().keep.to_string()
+        self.context.policy().to_string()
     }
 
     /// Tokens after which a cache that keeps everything is full.

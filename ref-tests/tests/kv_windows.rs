@@ -1,6 +1,6 @@
 //! Bounded caches against from-scratch forward passes with the same mask and positions (`ref-tests/kv/make.py`), in f32.
 
-use engine::{DType, EngineError, LoadOptions, Model, Reach, Session, SessionOptions};
+use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Reach, Session, SessionOptions};
 use ref_tests::{compare, fixture, read_npy};
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ struct Case {
     name: String,
     model: Arc<Model>,
     kv: Reach,
+    spec: KvSpec,
     tokens: Vec<u32>,
     rows: Vec<usize>,
     reference: Vec<f32>,
@@ -25,11 +26,15 @@ fn cases() -> Vec<Case> {
             json[k].as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect()
         };
         let number = |k: &str| json[k].as_u64().unwrap() as usize;
+        let (sinks, window) = (number("sinks"), number("window"));
+        let spec =
+            if sinks == 0 { format!("window:{window}") } else { format!("sinks:{sinks}+window:{window}") };
         let path = fixture(json["model"].as_str().unwrap()).join("model.gguf");
         Case {
             name: p.file_stem().unwrap().to_string_lossy().into_owned(),
             model: Model::load(&path, &LoadOptions { mmap: true, threads: 2 }).expect("the fixture loads"),
-            kv: Reach { sinks: number("sinks"), window: Some(number("window")) },
+            kv: Reach { sinks, window: Some(window) },
+            spec: spec.parse().expect("a configuration"),
             tokens: list("tokens").iter().map(|t| *t as u32).collect(),
             rows: list("rows").iter().map(|t| *t as usize).collect(),
             reference: read_npy(&p.with_extension("npy")).2,
@@ -41,7 +46,8 @@ fn cases() -> Vec<Case> {
 impl Case {
     fn session(&self, batch: usize) -> Session {
         let (cache_k, cache_v) = (DType::F32, DType::F32);
-        let o = SessionOptions { ctx: 64, batch, cache_k, cache_v, kv: self.kv, ..Default::default() };
+        let o =
+            SessionOptions { ctx: 64, batch, cache_k, cache_v, kv: self.spec.clone(), ..Default::default() };
         Session::new(&self.model, &o).expect("a session")
     }
 
@@ -115,18 +121,18 @@ fn positions_may_pass_2_to_the_31() {
 fn local_layers_hold_only_their_window() {
     let path = fixture("gemma3/model.gguf");
     let model = Model::load(&path, &LoadOptions::default()).unwrap();
-    let bytes = |ctx, kv| {
+    let bytes = |ctx, kv: &str| {
+        let kv = kv.parse().unwrap();
         let o = SessionOptions { ctx, batch: 32, kv, ..SessionOptions::default() };
         let session = Session::new(&model, &o).unwrap();
         assert_eq!(session.cache_bytes(), model.cache_bytes(&o, 1).unwrap());
         session.cache_bytes()
     };
-    let full = Reach { sinks: 0, window: None };
     // An entry: keys and values of two heads of 32 halves. One of eight layers is global; the others have a window of 16
     // and a batch of 32, 47 entries, which need at most three blocks of 32.
     let entry = 2 * 2 * 32 * 2;
-    assert_eq!(bytes(4096, full), entry * (4096 + 7 * 96));
-    assert_eq!(bytes(8192, full), entry * (8192 + 7 * 96));
+    assert_eq!(bytes(4096, "full"), entry * (4096 + 7 * 96));
+    assert_eq!(bytes(8192, "full"), entry * (8192 + 7 * 96));
     // A window of 64, 95 entries with the batch: four blocks, and one for the sinks.
-    assert_eq!(bytes(8192, Reach { sinks: 4, window: Some(64) }), entry * (5 * 32 + 7 * 96));
+    assert_eq!(bytes(8192, "sinks:4+window:64"), entry * (5 * 32 + 7 * 96));
 }

@@ -1,6 +1,6 @@
 //! Arguments of `bench`: llama-bench's, every number a list (`a,b`) or range (`first-last+step`, `first-last*factor`).
 
-use super::shared::{cores, parse_cache_type};
+use super::shared::{KvArg, cores, parse_cache_type};
 use crate::cmd::bench::{Config, Format, Setup, Test};
 use crate::model::Source;
 use anyhow::Result;
@@ -55,6 +55,8 @@ pub struct BenchArgs {
     /// Cache types of values (-ctv)
     #[arg(long = "cache-type-v", default_value = "f16", value_name = "TYPE,...", value_delimiter = ',', value_parser = parse_cache_type)]
     ctv: Vec<DType>,
+    #[command(flatten)]
+    kv: KvArg,
     /// Read the file into memory instead of mapping it
     #[arg(long)]
     no_mmap: bool,
@@ -80,8 +82,9 @@ impl BenchArgs {
                     for (&cache_k, &cache_v) in
                         self.ctk.iter().flat_map(|k| self.ctv.iter().map(move |v| (k, v)))
                     {
-                        let source = Source::parse(model);
-                        setups.push(Setup { source, mmap: !self.no_mmap, threads, batch, cache_k, cache_v });
+                        let (source, kv) = (Source::parse(model), self.kv.kv.clone());
+                        let mmap = !self.no_mmap;
+                        setups.push(Setup { source, mmap, threads, batch, cache_k, cache_v, kv });
                     }
                 }
             }

@@ -48,7 +48,7 @@ enum Sub {
 pub fn parse() -> Result<Command> {
     let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
     Ok(match cli.command {
-        Sub::Run(a) => Command::Run(a.resolve()?),
+        Sub::Run(a) => Command::Run(Box::new(a.resolve()?)),
         Sub::Logits(a) => Command::Logits(a.resolve()?),
         Sub::Tokenize(a) => Command::Tokenize(a.resolve()?),
         Sub::Template(a) => Command::Template(a.resolve()?),

@@ -2,7 +2,7 @@
 
 use crate::model::{LoadConfig, SessionConfig, Source};
 use clap::Args;
-use engine::{DType, SamplerOptions};
+use engine::{DType, KvSpec, SamplerOptions};
 
 /// MODEL, as the first free argument or with `-m`.
 #[derive(Args)]
@@ -53,11 +53,22 @@ pub struct CacheArgs {
     /// Cache type of values (-ctv)
     #[arg(long = "cache-type-v", value_name = "TYPE", value_parser = parse_cache_type)]
     v: Option<DType>,
+    #[command(flatten)]
+    kv: KvArg,
+}
+
+/// `--kv`.
+#[derive(Args)]
+pub struct KvArg {
+    /// What the cache keeps: full, window:N, sinks:S+window:W (text without end in constant memory) or a policy with a budget
+    #[arg(long, default_value = "full", value_name = "POLICY")]
+    pub kv: KvSpec,
 }
 
 impl CacheArgs {
     pub fn session(&self, ctx: Option<usize>, batch: usize, default: DType) -> SessionConfig {
-        SessionConfig { ctx, batch, cache_k: self.k.unwrap_or(default), cache_v: self.v.unwrap_or(default) }
+        let (cache_k, cache_v) = (self.k.unwrap_or(default), self.v.unwrap_or(default));
+        SessionConfig { ctx, batch, cache_k, cache_v, kv: self.kv.kv.clone() }
     }
 }
 

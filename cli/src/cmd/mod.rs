@@ -12,7 +12,7 @@ pub mod tokenize;
 
 /// What the command line asked for.
 pub enum Command {
-    Run(run::RunConfig),
+    Run(Box<run::RunConfig>),
     Logits(logits::Config),
     Tokenize(tokenize::Config),
     Template(template::Config),
@@ -25,7 +25,7 @@ pub enum Command {
 /// Does it.
 pub fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run(c) => run::run(c),
+        Command::Run(c) => run::run(*c),
         Command::Logits(c) => logits::run(&c),
         Command::Tokenize(c) => tokenize::run(&c),
         Command::Template(c) => template::run(&c),

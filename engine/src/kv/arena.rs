@@ -221,6 +221,14 @@ impl Arena {
         self.layers.iter().map(|l| l.first.bytes() + l.second.bytes()).sum()
     }
 
+    /// Entries that sequences hold, of all that there is room for, summed over layers.
+    pub fn entries(&self) -> (usize, usize) {
+        let sum = |f: fn(&Pool) -> usize| {
+            self.groups.iter().map(|g| f(&g.pool) * g.layers.len() * BLOCK).sum::<usize>()
+        };
+        (sum(Pool::held), sum(Pool::len))
+    }
+
     /// Admits a sequence whose first token has position `base`, with all the blocks that it can ever need.
     ///
     /// # Errors

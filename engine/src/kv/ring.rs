@@ -44,16 +44,6 @@ impl Reach {
     }
 }
 
-impl std::fmt::Display for Reach {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.sinks, self.window) {
-            (_, None) => write!(f, "full"),
-            (0, Some(w)) => write!(f, "window:{w}"),
-            (s, Some(w)) => write!(f, "sinks:{s}+window:{w}"),
-        }
-    }
-}
-
 /// The blocks of one sequence in one group.
 #[derive(Debug, Default)]
 pub struct Ring {
@@ -66,11 +56,6 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Blocks held.
-    pub fn held(&self) -> usize {
-        self.sinks.len() + self.blocks.len()
-    }
-
     /// Makes room for the indices `len..len + n`, holding at most `most` blocks: what no query from `len` on sees goes only
     /// when its blocks are needed. `moves` gets the copies to make first, `slots` the slots in order.
     pub fn extend(
@@ -123,11 +108,6 @@ impl Ring {
         block * BLOCK as u32 + (at % BLOCK) as u32
     }
 
-    /// The indices held of a sequence of `len` tokens that a query at `len` can see: sinks, then the window.
-    pub fn kept(&self, r: &Reach, len: usize) -> impl Iterator<Item = usize> + use<> {
-        (0..len.min(r.sinks)).chain(r.oldest(len)..len)
-    }
-
     /// Appends what a query at index `t` sees, itself included.
     pub fn see(&self, r: &Reach, t: usize, out: &mut Vec<Span>) {
         runs(&self.sinks, 0..(t + 1).min(r.sinks), true, out);
@@ -163,18 +143,6 @@ impl Ring {
         if self.blocks.is_empty() {
             self.gone = len.saturating_sub(r.sinks) / BLOCK;
         }
-    }
-
-    /// Blocks for what [`Ring::kept`] names of a sequence of `len` tokens.
-    pub fn restore(r: &Reach, pool: &mut Pool, len: usize) -> Self {
-        let mut ring = Self { gone: (r.oldest(len) - r.sinks) / BLOCK, ..Self::default() };
-        while ring.sinks.len() * BLOCK < len.min(r.sinks) {
-            ring.sinks.push(pool.take(ring.sinks.last().copied()));
-        }
-        while (ring.gone + ring.blocks.len()) * BLOCK < len.saturating_sub(r.sinks) {
-            ring.blocks.push_back(pool.take(ring.blocks.back().copied()));
-        }
-        ring
     }
 
     /// A second holder of the same blocks.

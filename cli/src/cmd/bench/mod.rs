@@ -7,7 +7,7 @@ use crate::model::{LoadConfig, SessionConfig, Source};
 use crate::output;
 use anyhow::Result;
 use engine::gguf::Summary;
-use engine::{DType, Model, Session};
+use engine::{DType, KvSpec, Model, Session};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -44,12 +44,13 @@ pub struct Setup {
     pub batch: usize,
     pub cache_k: DType,
     pub cache_v: DType,
+    pub kv: KvSpec,
 }
 
 impl Setup {
     fn session(&self, ctx: usize) -> SessionConfig {
-        let Setup { batch, cache_k, cache_v, .. } = *self;
-        SessionConfig { ctx: Some(ctx), batch, cache_k, cache_v }
+        let Setup { batch, cache_k, cache_v, ref kv, .. } = *self;
+        SessionConfig { ctx: Some(ctx), batch, cache_k, cache_v, kv: kv.clone() }
     }
 }
 
@@ -175,10 +176,10 @@ fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<
         if c.verbose {
             eprintln!("{} {}: repetition {} of {}", setup.source.name(), test.name(), r + 1, c.repetitions);
         }
-        // The tokens at depth are the same every time: they are computed once.
-        if test.depth > 0 && r == 0 {
+        // The tokens at depth are the same every time: they are computed once, unless the cache has let go of them.
+        if test.depth > 0 && (r == 0 || session.truncate(test.depth) < test.depth) {
             session.truncate(0);
-            session.eval(&ids.take(test.depth))?;
+            session.eval(&Ids::new(model).take(test.depth))?;
         }
         session.truncate(test.depth);
         seconds.push(once(&mut session, &mut ids, test)?);

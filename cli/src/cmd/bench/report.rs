@@ -20,6 +20,7 @@ fn fields(o: &Outcome) -> Vec<(&'static str, Value)> {
         ("n_threads", s.threads.into()),
         ("type_k", s.cache_k.name().into()),
         ("type_v", s.cache_v.name().into()),
+        ("kv_policy", s.kv.to_string().into()),
         ("use_mmap", s.mmap.into()),
         ("n_prompt", t.prompt.into()),
         ("n_gen", t.generated.into()),

@@ -68,7 +68,7 @@ impl Conversation {
         eprintln!("model:    {} ({}, {} layers), {}", info.name, info.arch, info.n_layers, info.device);
         eprintln!("context:  {} of {} tokens{why}", self.session.ctx(), info.ctx_train);
         let cache = crate::output::bytes(self.session.cache_bytes() as u64);
-        eprintln!("cache:    {cache}, {} and {}", s.cache_k.name(), s.cache_v.name());
+        eprintln!("cache:    {cache}, {} and {}, keeps: {}", s.cache_k.name(), s.cache_v.name(), s.kv);
         eprintln!("sampling: seed {}", self.sampler.seed());
     }
 

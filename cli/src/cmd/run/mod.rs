@@ -58,9 +58,11 @@ fn ending(reason: &FinishReason, ctx: usize, ctx_train: usize) -> Option<String>
         if n < ctx_train { format!("; a larger one: -c {}", (2 * n).min(ctx_train)) } else { String::new() }
     };
     match reason {
-        FinishReason::ContextFull => {
-            Some(format!("the context of {ctx} tokens is full, the answer is cut off{}", more(ctx)))
-        }
+        FinishReason::ContextFull => Some(format!(
+            "the context of {ctx} tokens is full, the answer is cut off{}; without end: --kv sinks:4+window:{}",
+            more(ctx),
+            ctx.saturating_sub(4).max(8)
+        )),
         _ => None,
     }
 }
@@ -84,6 +86,9 @@ fn timings(g: &Generated, load: Duration, read_bytes: f64) -> String {
         ("eval duration:", output::duration(g.decode_time)),
         ("eval rate:", format!("{:.2} tokens/s", rate(g.new_tokens, g.decode_time))),
     ];
+    if g.evicted_tokens > 0 {
+        lines.push(("evicted:", format!("{} token(s) by {}", g.evicted_tokens, g.policy)));
+    }
     if passes > 0 {
         lines.push(("read rate:", format!("{:.2} GB/s of weights and cache", decode * read_bytes / 1e9)));
     }
