@@ -1,4 +1,4 @@
-//! Matrix products: type x instruction set x shape, one token and a prompt of 512, as bytes of weights per second and
+//! Matrix products: type x instruction set x shape, one token, four sequences and a prompt of 512, as bytes of weights per second and
 //! multiply-adds per second. The machine's own limits, measured in the same run, are printed first.
 //!
 //! `cargo bench -p rsinfer-benches --bench matmul -- q4_K/avx512` runs the part that matches.
@@ -40,7 +40,7 @@ fn products(c: &mut Criterion) {
             let bytes = HostBytes::from_vec(one.repeat(count));
             let w = Weight::host(format.dtype, count, rows, cols, bytes).expect("whole blocks");
             for isa in Isa::available() {
-                for n in [1, 512] {
+                for n in [1, 4, 512] {
                     // The specification is not meant to be fast.
                     if n > 1 && isa == Isa::Scalar {
                         continue;
@@ -48,7 +48,7 @@ fn products(c: &mut Criterion) {
                     let mut group = c.benchmark_group(format!("{}/{}", format.name, isa.name()));
                     group.sample_size(10).measurement_time(Duration::from_secs(1));
                     group.warm_up_time(Duration::from_millis(200));
-                    group.throughput(if n == 1 {
+                    group.throughput(if n < 512 {
                         Throughput::Bytes((w.n_bytes() / count) as u64)
                     } else {
                         Throughput::Elements((n * rows * cols) as u64)

@@ -93,7 +93,7 @@ pub fn lengths(dtype: DType) -> Vec<usize> {
 /// Numbers of rows and of columns at which kernels change course.
 pub const ROWS: [usize; 8] = [1, 2, 3, 4, 5, 31, 33, 70];
 /// See [`ROWS`].
-pub const COLUMNS: [usize; 9] = [1, 2, 3, 4, 7, 8, 9, 17, 27];
+pub const COLUMNS: [usize; 10] = [1, 2, 3, 4, 7, 8, 9, 16, 17, 27];
 
 /// Asserts equality bit for bit.
 pub fn assert_bits(got: &[f32], want: &[f32], what: impl Fn() -> String) {

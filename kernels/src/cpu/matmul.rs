@@ -110,7 +110,7 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
 /// How many rows of `w` one piece of work should take for `n` columns on `threads` threads.
 pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
     let fair = w.rows().div_ceil(4 * threads).next_multiple_of(TILE);
-    let by_bytes = if n > SEVERAL { TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
+    let by_bytes = if n > SEVERAL { 4 * TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
     by_bytes.min(fair).max(TILE)
 }
 

@@ -74,7 +74,7 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     #[cfg(target_arch = "x86_64")]
                     (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(Kernels {
                         few: avx2::few::<scalar::$q>,
-                        several: avx2::many::<scalar::$q>,
+                        several: avx2::several::<scalar::$q>,
                         many: avx2::many::<scalar::$q>,
                     }),
                     #[cfg(target_arch = "x86_64")]
@@ -92,7 +92,7 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     #[cfg(target_arch = "x86_64")]
                     (DType::$f, Isa::Avx512(_)) => Kernel::Float(Kernels {
                         few: avx512::float_few::<scalar::$f>,
-                        several: avx512::float_many::<scalar::$f>,
+                        several: avx512::float_few::<scalar::$f>,
                         many: avx512::float_many::<scalar::$f>,
                     }),
                 )*

@@ -62,6 +62,8 @@ fn cases(mut f: impl FnMut(DType, usize, usize, usize, Fill)) {
             f(format.dtype, rows, cols, 2, Fill::Random);
             f(format.dtype, rows, cols, 9, Fill::Random);
         }
+        // More rows and columns than a kernel holds at once.
+        f(format.dtype, 133, cols, 53, Fill::Random);
         for n in COLUMNS {
             f(format.dtype, 6, cols, n, Fill::Extreme);
             f(format.dtype, 33, cols, n, Fill::Random);

@@ -10,6 +10,8 @@ pub trait Unpack: ReadScales {
     const SIGNED: bool;
     /// What unsigned bytes have too much of: 0 or a power of two.
     const OFFSET: i32;
+    /// How many bits unsigned bytes have, at most 6; 8 if they are signed.
+    const BITS: u32;
 
     /// Value i in byte i % 32 of register i / 32.
     ///
@@ -19,10 +21,11 @@ pub trait Unpack: ReadScales {
 }
 
 macro_rules! unpack {
-    ($($name:ident: $signed:literal, $offset:literal, |$p:ident, $b:ident| $body:expr;)*) => {$(
+    ($($name:ident: $signed:literal, $offset:literal, $bits:literal, |$p:ident, $b:ident| $body:expr;)*) => {$(
         impl Unpack for scalar::$name {
             const SIGNED: bool = $signed;
             const OFFSET: i32 = $offset;
+            const BITS: u32 = $bits;
             #[inline(always)]
             unsafe fn bytes($p: *const u8) -> [__m256i; 8] {
                 // SAFETY: every read is inside the group's `BYTES` bytes.
@@ -101,22 +104,22 @@ unsafe fn plane(p: *const u8, b: usize, value: i8) -> __m256i {
 }
 
 unpack! {
-    Q4_0: false, 8, |p, b| nibbles(p.add(18 * b + 2));
-    Q4_1: false, 0, |p, b| nibbles(p.add(20 * b + 4));
-    Q5_0: false, 16, |p, b| _mm256_or_si256(nibbles(p.add(22 * b + 6)), fifth(p.add(22 * b + 2)));
-    Q5_1: false, 0, |p, b| _mm256_or_si256(nibbles(p.add(24 * b + 8)), fifth(p.add(24 * b + 4)));
-    Q8_0: true, 0, |p, b| _mm256_loadu_si256(p.add(34 * b + 2).cast());
-    Q8_K: true, 0, |p, b| _mm256_loadu_si256(p.add(32 * b + 4).cast());
-    IQ4_NL: true, 0, |p, b| look(&IQ4, 0, nibbles(p.add(18 * b + 2)));
-    IQ4_XS: true, 0, |p, b| look(&IQ4, 0, nibbles(p.add(16 * b + 8)));
-    MXFP4: false, 16, |p, b| look(&E2M1, 16, nibbles(p.add(17 * b + 1)));
-    Q2_K: false, 0, |p, b| bits(p.add(16 + 32 * (b / 4)), 2 * (b % 4), 3);
-    Q3_K: false, 4, |p, b| _mm256_or_si256(bits(p.add(32 + 32 * (b / 4)), 2 * (b % 4), 3), plane(p, b, 4));
-    Q4_K: false, 0, |p, b| bits(p.add(16 + 32 * (b / 2)), 4 * (b % 2), 15);
-    Q5_K: false, 0, |p, b| {
+    Q4_0: false, 8, 4, |p, b| nibbles(p.add(18 * b + 2));
+    Q4_1: false, 0, 4, |p, b| nibbles(p.add(20 * b + 4));
+    Q5_0: false, 16, 5, |p, b| _mm256_or_si256(nibbles(p.add(22 * b + 6)), fifth(p.add(22 * b + 2)));
+    Q5_1: false, 0, 5, |p, b| _mm256_or_si256(nibbles(p.add(24 * b + 8)), fifth(p.add(24 * b + 4)));
+    Q8_0: true, 0, 8, |p, b| _mm256_loadu_si256(p.add(34 * b + 2).cast());
+    Q8_K: true, 0, 8, |p, b| _mm256_loadu_si256(p.add(32 * b + 4).cast());
+    IQ4_NL: true, 0, 8, |p, b| look(&IQ4, 0, nibbles(p.add(18 * b + 2)));
+    IQ4_XS: true, 0, 8, |p, b| look(&IQ4, 0, nibbles(p.add(16 * b + 8)));
+    MXFP4: false, 16, 5, |p, b| look(&E2M1, 16, nibbles(p.add(17 * b + 1)));
+    Q2_K: false, 0, 2, |p, b| bits(p.add(16 + 32 * (b / 4)), 2 * (b % 4), 3);
+    Q3_K: false, 4, 3, |p, b| _mm256_or_si256(bits(p.add(32 + 32 * (b / 4)), 2 * (b % 4), 3), plane(p, b, 4));
+    Q4_K: false, 0, 4, |p, b| bits(p.add(16 + 32 * (b / 2)), 4 * (b % 2), 15);
+    Q5_K: false, 0, 5, |p, b| {
         _mm256_or_si256(bits(p.add(48 + 32 * (b / 2)), 4 * (b % 2), 15), plane(p.add(16), b, 16))
     };
-    Q6_K: false, 32, |p, b| {
+    Q6_K: false, 32, 6, |p, b| {
         let low = bits(p.add(64 * (b / 4) + 32 * (b % 2)), 4 * (b % 4 / 2), 15);
         let high = bits(p.add(128 + 32 * (b / 4)), 2 * (b % 4), 3);
         _mm256_or_si256(low, _mm256_slli_epi16::<4>(high))

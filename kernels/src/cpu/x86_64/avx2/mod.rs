@@ -7,12 +7,14 @@ mod formats;
 pub mod lanes;
 mod many;
 mod peak;
+mod several;
 
 pub use few::few;
 pub use float::rows as float_rows;
 pub use formats::Unpack;
 pub use many::many;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
+pub use several::several;
 
 use std::arch::x86_64::*;
 

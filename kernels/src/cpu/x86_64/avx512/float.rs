@@ -173,61 +173,57 @@ pub unsafe fn few<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f3
     }
 }
 
-/// Columns whose lanes are held at once, elements of a row per pass, rows per pass. In the second-level cache: the converted
-/// weights (64 KiB), the lanes (288 KiB) and the columns (144 KiB).
-const COLUMNS: usize = 72;
+/// Columns whose lanes are held at once, elements of a row per pass, rows per pass. In the second-level cache: the widened
+/// weights (128 KiB), the lanes (384 KiB) and the columns (96 KiB), all in the order in which they are read: rows and columns
+/// as they come lie a power of two apart and would push each other out of the first-level cache.
+const COLUMNS: usize = 48;
 const LENGTH: usize = 512;
-const ROWS: usize = 32;
+const ROWS: usize = 64;
 
 /// A block of registers: rows by columns, of one half of the lanes.
 const R: usize = 4;
 const C: usize = 6;
+
+/// Steps of a pass: each takes 32 elements, 16 to each half of the lanes.
+const STEPS: usize = LENGTH / 32;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Half([f32; 16]);
 
 struct Scratch {
-    /// `[half][row][LENGTH / 32]`.
+    /// `[half][row / R][step][R]`.
     w: Vec<Half>,
+    /// `[half][column / C][step][C]`.
+    x: Vec<Half>,
     /// `[half][column / C][row / R][C][R]`.
     lanes: Vec<Half>,
 }
 
 thread_local! {
-    static SCRATCH: std::cell::RefCell<Scratch> = const { std::cell::RefCell::new(Scratch { w: vec![], lanes: vec![] }) };
+    static SCRATCH: std::cell::RefCell<Scratch> =
+        const { std::cell::RefCell::new(Scratch { w: vec![], x: vec![], lanes: vec![] }) };
 }
 
-/// Adds `len` elements (up to `LENGTH`) of `R` converted rows times `C` columns to one half of their lanes: half the lanes at a
-/// time, so that a register loaded serves four or six products and not two or three.
+/// Adds `steps` steps of `R` rows times `C` columns to one half of their lanes: half the lanes at a time, so that a register
+/// loaded serves four or six products and not two or three.
 ///
 /// # Safety
-/// `w` is the first row's half; `x` can be read for `len` elements; `lanes` is `[C][R]`; the CPU has the set.
+/// `w` is `[steps][R]`, `x` `[steps][C]`, `lanes` `[C][R]`; the CPU has the set.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-unsafe fn block(w: *const Half, x: [*const f32; C], half: usize, len: usize, lanes: *mut Half) {
+unsafe fn block(w: *const Half, x: *const Half, steps: usize, lanes: *mut Half) {
     let mut acc = [[_mm512_setzero_ps(); R]; C];
-    // SAFETY: the caller's promise; masked elements are not touched.
+    // SAFETY: the caller's promise.
     unsafe {
         each!(c < C, {
             each!(r < R, { acc[c][r] = _mm512_load_ps(lanes.add(c * R + r).cast()) });
         });
-        let whole = (len + 16 - 16 * half) / 32;
-        for k in 0..whole {
+        for k in 0..steps {
             let mut b = [_mm512_setzero_ps(); R];
-            each!(r < R, { b[r] = _mm512_load_ps(w.add(r * (LENGTH / 32) + k).cast()) });
+            each!(r < R, { b[r] = _mm512_load_ps(w.add(R * k + r).cast()) });
             each!(c < C, {
-                let a = _mm512_loadu_ps(x[c].add(32 * k + 16 * half));
+                let a = _mm512_load_ps(x.add(C * k + c).cast());
                 each!(r < R, { acc[c][r] = _mm512_fmadd_ps(b[r], a, acc[c][r]) });
-            });
-        }
-        let at = 32 * whole + 16 * half;
-        if at < len {
-            each!(c < C, {
-                let a = _mm512_maskz_loadu_ps(first(len - at), x[c].add(at));
-                each!(r < R, {
-                    let b = _mm512_load_ps(w.add(r * (LENGTH / 32) + whole).cast());
-                    acc[c][r] = _mm512_fmadd_ps(b, a, acc[c][r]);
-                });
             });
         }
         each!(c < C, {
@@ -236,16 +232,35 @@ unsafe fn block(w: *const Half, x: [*const f32; C], half: usize, len: usize, lan
     }
 }
 
+/// Widens `len` elements to line `i / 2 * step` of half `i % 2` for run i of 16; a run that is not whole is filled up with zeros.
+///
+/// # Safety
+/// `from` holds `len` elements, `to` has room, its halves `half` lines apart; the CPU has the set.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+unsafe fn arrange<F: Load>(from: *const u8, len: usize, to: *mut Half, half: usize, step: usize) {
+    let mut i = 0;
+    while 16 * i < len {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (p, left) = (from.add(16 * i * F::BYTES), len - 16 * i);
+            let v = if left < 16 { F::load_part(p, left) } else { F::load(p) };
+            _mm512_store_ps(to.add(i % 2 * half + i / 2 * step).cast(), v);
+        }
+        i += 1;
+    }
+}
+
 /// The same as `few` for many columns: tiles of weights are widened once for a block of columns.
 ///
 /// # Safety
 /// The CPU has the set.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 pub unsafe fn many<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f32]) {
     let n = w.len() / row_bytes;
     let len = row_bytes / F::BYTES;
-    let mut s = SCRATCH.replace(Scratch { w: vec![], lanes: vec![] });
-    s.w.resize(ROWS * LENGTH / 16, Half([0.0; 16]));
+    let mut s = SCRATCH.replace(Scratch { w: vec![], x: vec![], lanes: vec![] });
+    s.w.resize(2 * ROWS * STEPS, Half([0.0; 16]));
+    s.x.resize(2 * COLUMNS * STEPS, Half([0.0; 16]));
     s.lanes.resize(2 * ROWS * COLUMNS, Half([0.0; 16]));
     for r0 in (0..n).step_by(ROWS) {
         let rows = ROWS.min(n - r0);
@@ -257,21 +272,28 @@ pub unsafe fn many<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f
                 for r in 0..rows {
                     let from = (r0 + r) * row_bytes + k0 * F::BYTES;
                     let src = &w[from..from + k * F::BYTES];
-                    // SAFETY: `k` elements of the row, and room for both halves of row r.
-                    unsafe { widen_row::<F>(src, k, s.w.as_mut_ptr().add(r * (LENGTH / 32))) };
+                    let to = &mut s.w[r / R * STEPS * R + r % R..];
+                    // SAFETY: `k` elements of the row, and its place in both halves.
+                    unsafe { arrange::<F>(src.as_ptr(), k, to.as_mut_ptr(), ROWS * STEPS, R) };
+                }
+                for (c, x) in cols.iter().enumerate() {
+                    let src = &x[k0..k0 + k];
+                    let to = &mut s.x[c / C * STEPS * C + c % C..];
+                    // SAFETY: as above.
+                    unsafe {
+                        arrange::<scalar::F32>(src.as_ptr().cast(), k, to.as_mut_ptr(), COLUMNS * STEPS, C);
+                    }
                 }
                 for half in 0..2 {
+                    let steps = k.saturating_sub(16 * half).div_ceil(32);
                     for t in 0..cols.len().div_ceil(C) {
-                        // A last block that is not whole repeats a column; its extra lanes are not read.
-                        let mut x = [std::ptr::null(); C];
-                        for (i, x) in x.iter_mut().enumerate() {
-                            *x = cols[(C * t + i).min(cols.len() - 1)][k0..k0 + k].as_ptr();
-                        }
-                        for r in (0..rows).step_by(R) {
-                            // SAFETY: rows r..r + R of the tile (those past `rows` hold old values), `k` elements each.
+                        for r in 0..rows.div_ceil(R) {
+                            // SAFETY: blocks of rows and columns of the scratch; those past the last have old values and
+                            // results that are not read.
                             unsafe {
-                                let w = s.w.as_ptr().add((half * ROWS + r) * (LENGTH / 32));
-                                block(w, x, half, k, s.lanes.as_mut_ptr().add(lanes_at(half, t, r)));
+                                let w = s.w.as_ptr().add((half * ROWS / R + r) * STEPS * R);
+                                let x = s.x.as_ptr().add((half * COLUMNS / C + t) * STEPS * C);
+                                block(w, x, steps, s.lanes.as_mut_ptr().add(lanes_at(half, t, R * r)));
                             }
                         }
                     }
@@ -294,23 +316,4 @@ pub unsafe fn many<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f
 /// Where the lanes of the rows around `r` and the `t`-th columns begin.
 fn lanes_at(half: usize, t: usize, r: usize) -> usize {
     ((half * (COLUMNS / C) + t) * (ROWS / R) + r / R) * (R * C)
-}
-
-/// Converts `len` elements, the halves of each 32 into the two halves of the tile; a part of 16 is filled up with zeros.
-///
-/// # Safety
-/// `src` holds `len` elements, `to` is the row's place in the first half; the CPU has the set.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn widen_row<F: Load>(src: &[u8], len: usize, to: *mut Half) {
-    let mut i = 0;
-    while i < len {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let p = src.as_ptr().add(i * F::BYTES);
-            let v = if len - i < 16 { F::load_part(p, len - i) } else { F::load(p) };
-            let half = i / 16 % 2;
-            _mm512_store_ps(to.add(half * ROWS * (LENGTH / 32) + i / 32).cast(), v);
-        }
-        i += 16;
-    }
 }

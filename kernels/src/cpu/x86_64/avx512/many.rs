@@ -1,6 +1,6 @@
 //! Many columns: 32 rows of weights at a time are unpacked to bytes, interleaved so that a register holds four values of
 //! each of 16 rows, and multiplied by eight columns at once. The eight lanes of the canonical order stay in the first-level
-//! cache, the unpacked tile in the second.
+//! cache, a few unpacked tiles in the second: all of them meet eight columns before the next eight are fetched.
 
 use super::Unpack;
 use crate::cpu::quantized::Block;
@@ -12,6 +12,11 @@ use std::cell::RefCell;
 const ROWS: usize = 32;
 /// Columns multiplied at once.
 const COLUMNS: usize = 8;
+
+/// Rows that are unpacked at once, at most: columns come from afar once for all of them.
+const ROWS_AT_ONCE: usize = 128;
+/// Bytes that they may take once unpacked: together with some columns they fit the second-level cache.
+const UNPACKED: usize = 640 << 10;
 
 /// What a format looks like once unpacked: all that the multiplication knows of it, as the value of a generic parameter, so
 /// that formats of one shape share its code. Scales of runs of 16 are multiplied into the bytes where they fit.
@@ -140,6 +145,11 @@ unsafe fn unpack<F: Unpack>(w: &[u8], row_bytes: usize, i: usize, tile: *mut Lin
             // SAFETY: a whole group of the row, or what is left of it in a buffer that holds any group.
             unsafe {
                 let mut p = w.as_ptr().add(at);
+                let mut ahead = 0;
+                while ahead < F::BYTES {
+                    _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(2 * F::BYTES + ahead).cast());
+                    ahead += 64;
+                }
                 if left < F::BYTES {
                     std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), left);
                     p = padded.as_ptr();
@@ -242,9 +252,11 @@ unsafe fn multiply<const S: usize, const T: usize>(
     tile: *const Line,
     groups: usize,
     x: [*const Block; T],
+    ahead: [*const Block; T],
     lanes: *mut Line,
 ) {
-    // SAFETY: the whole body has indices below `groups`, 8 sub-blocks, T columns, 2 registers, as laid out above.
+    // SAFETY: the whole body has indices below `groups`, 8 sub-blocks, T columns, 2 registers, as laid out above; fetching
+    // ahead reads nothing.
     unsafe {
         for i in 0..16 * T {
             _mm512_store_si512(lanes.add(i).cast(), _mm512_setzero_si512());
@@ -254,6 +266,11 @@ unsafe fn multiply<const S: usize, const T: usize>(
             let mut blocks = x;
             each!(t < T, {
                 blocks[t] = x[t].add(g);
+                let next = ahead[t].wrapping_add(g).cast::<i8>();
+                each!(i < 5, { _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * i)) });
+                if matches!(S, shape::SCALE16) {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(384));
+                }
             });
             for j in 0..8 {
                 let mut a = [std::ptr::null::<i32>(); T];
@@ -340,13 +357,14 @@ unsafe fn tree16(lanes: *const Line, stride: usize) -> __m512 {
     }
 }
 
-/// A tile by all columns; `rows` rows from `r0` of the `n` of each column of `y`.
+/// Tiles of 32 rows by all columns, column blocks outside: `tiles` hold the `rows` rows from `r0` of the `n` of each column of
+/// `y`.
 ///
 /// # Safety
-/// The CPU has the set; `tile` holds `groups` groups; `lanes` has room for eight columns; each column `groups` blocks.
+/// The CPU has the set; each tile holds `groups` groups; `lanes` has room for eight columns; each column `groups` blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn products<const S: usize>(
-    tile: &[Line],
+    tiles: &[Line],
     groups: usize,
     x: &[&[Block]],
     lanes: &mut [Line],
@@ -358,18 +376,24 @@ unsafe fn products<const S: usize>(
         macro_rules! run {
             ($t:literal) => {{
                 let mut cols = [std::ptr::null(); $t];
-                for (t, to) in cols.iter_mut().enumerate() {
-                    *to = x[c + t][..groups].as_ptr();
+                let mut ahead = [std::ptr::null(); $t];
+                for t in 0..$t {
+                    cols[t] = x[c + t][..groups].as_ptr();
+                    ahead[t] = x[(c + t + $t).min(x.len() - 1)].as_ptr();
                 }
-                // SAFETY: the tile holds `groups` groups, and so do the columns.
-                unsafe {
-                    multiply::<S, $t>(tile.as_ptr(), groups, cols, lanes.as_mut_ptr());
-                    for t in 0..$t {
-                        let mut out = [0.0f32; ROWS];
-                        let from = lanes.as_ptr().add(2 * t);
-                        _mm512_storeu_ps(out.as_mut_ptr(), tree16(from, 2 * $t));
-                        _mm512_storeu_ps(out.as_mut_ptr().add(16), tree16(from.add(1), 2 * $t));
-                        y[(c + t) * n + r0..][..rows].copy_from_slice(&out[..rows]);
+                for (i, tile) in tiles.chunks_exact(groups * 8 * lines(S)).enumerate() {
+                    let r0 = r0 + i * ROWS;
+                    let rows = ROWS.min(rows - i * ROWS);
+                    // SAFETY: the tile holds `groups` groups, and so do the columns.
+                    unsafe {
+                        multiply::<S, $t>(tile.as_ptr(), groups, cols, ahead, lanes.as_mut_ptr());
+                        for t in 0..$t {
+                            let mut out = [0.0f32; ROWS];
+                            let from = lanes.as_ptr().add(2 * t);
+                            _mm512_storeu_ps(out.as_mut_ptr(), tree16(from, 2 * $t));
+                            _mm512_storeu_ps(out.as_mut_ptr().add(16), tree16(from.add(1), 2 * $t));
+                            y[(c + t) * n + r0..][..rows].copy_from_slice(&out[..rows]);
+                        }
                     }
                 }
                 c += $t;
@@ -398,20 +422,26 @@ pub unsafe fn many<F: Unpack>(w: &[u8], row_bytes: usize, x: &[&[Block]], y: &mu
     let n = w.len() / row_bytes;
     let groups = row_bytes.div_ceil(F::BYTES);
     let step = 8 * lines(const { shape::<F>() });
+    let tile = groups * step;
+    let at_once = (UNPACKED / (tile * size_of::<Line>())).clamp(1, ROWS_AT_ONCE / ROWS).min(n.div_ceil(ROWS));
     let mut s = SCRATCH.replace(Scratch { tile: vec![], lanes: vec![] });
-    if s.tile.len() < groups * step {
-        s.tile.resize(groups * step, Line([0; 64]));
+    if s.tile.len() < at_once * tile {
+        s.tile.resize(at_once * tile, Line([0; 64]));
     }
     s.lanes.resize(16 * COLUMNS, Line([0; 64]));
-    for r0 in (0..n).step_by(ROWS) {
-        let rows = ROWS.min(n - r0);
-        let part = &w[r0 * row_bytes..(r0 + rows) * row_bytes];
-        for g in 0..groups {
-            // SAFETY: the tile has room for every group.
-            unsafe { unpack::<F>(part, row_bytes, g, s.tile.as_mut_ptr().add(g * step)) };
+    for r0 in (0..n).step_by(at_once * ROWS) {
+        let rows = (at_once * ROWS).min(n - r0);
+        let tiles = rows.div_ceil(ROWS);
+        for i in 0..tiles {
+            let from = r0 + i * ROWS;
+            let part = &w[from * row_bytes..(from + ROWS).min(n) * row_bytes];
+            for g in 0..groups {
+                // SAFETY: the tile has room for every group.
+                unsafe { unpack::<F>(part, row_bytes, g, s.tile.as_mut_ptr().add(i * tile + g * step)) };
+            }
         }
         // SAFETY: the groups just unpacked, of this shape; room for eight columns.
-        unsafe { products(&s.tile, groups, x, &mut s.lanes, (r0, rows, n), y) };
+        unsafe { products(&s.tile[..tiles * tile], groups, x, &mut s.lanes, (r0, rows, n), y) };
     }
     SCRATCH.set(s);
 }
