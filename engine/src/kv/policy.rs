@@ -8,7 +8,7 @@
 pub use super::registry::{Evict, Make, ParamError, ParamInfo, Params, PolicyInfo, register};
 pub use super::spec::Budget;
 pub use super::vector::{add_scaled, dot, norm};
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::sync::Arc;
 
 /// How a layer attends.
@@ -86,6 +86,24 @@ impl Needs {
             queries: self.queries.max(o.queries),
             whole_prompt: self.whole_prompt || o.whole_prompt,
         }
+    }
+}
+
+impl fmt::Display for Needs {
+    /// In words, for lists.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let queries =
+            |n: usize| if n == 1 { "the latest query".into() } else { format!("the latest {n} queries") };
+        let mut words = Vec::new();
+        words.extend(self.keys.then(|| "keys".to_string()));
+        words.extend(self.values.then(|| "values".into()));
+        words.extend(self.mass_total.then(|| "attention mass".into()));
+        words.extend(
+            (self.mass_recent > 0).then(|| format!("attention mass of {}", queries(self.mass_recent))),
+        );
+        words.extend((self.queries > 0).then(|| queries(self.queries)));
+        words.extend(self.whole_prompt.then(|| "the whole prompt".into()));
+        f.write_str(&if words.is_empty() { "nothing".into() } else { words.join(", ") })
     }
 }
 

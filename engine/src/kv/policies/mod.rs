@@ -1,10 +1,15 @@
 //! The built-in policies, one small file each: idea, source and parameters on top.
 
+mod expected;
+mod h2o;
+mod keydiff;
 mod knorm;
 mod random;
+mod snapkv;
 pub(super) mod streaming;
 #[cfg(test)]
 pub(super) mod testing;
+mod tova;
 mod wrappers;
 
 use super::policy::PolicyInfo;
@@ -16,6 +21,11 @@ pub(super) const BUILT_IN: &[PolicyInfo] = &[
     streaming::SINKS,
     random::INFO,
     knorm::INFO,
+    keydiff::INFO,
+    tova::INFO,
+    h2o::INFO,
+    snapkv::INFO,
+    expected::INFO,
     wrappers::PYRAMID,
     wrappers::PER_LAYER,
     wrappers::KEEP_PROMPT,
