@@ -3,6 +3,7 @@
 
 use super::Pool;
 use super::isa::Isa;
+use super::lanes::{Kernel, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::x86_64::{avx2, avx512};
 use std::hint::black_box;
@@ -12,21 +13,47 @@ use std::time::{Duration, Instant};
 const BYTES: usize = 512 << 20;
 const PIECE: usize = 1 << 20;
 
-/// Bytes per second that `threads` threads read from memory together: the best of five passes over 512 MiB.
+/// Bytes per second that `threads` threads read from memory together: the best of five passes over 512 MiB, each thread
+/// reading four streams at once with the widest vectors and fetching ahead, which is as fast as this kind of machine reads.
 pub fn read_bandwidth(threads: usize) -> f64 {
     let pool = Pool::new(threads);
+    let isa = Isa::current();
     // Not zeros: untouched zero pages would all be one page.
-    let data: Vec<u64> = (0..BYTES as u64 / 8).collect();
-    let pieces: Vec<&[u64]> = data.chunks(PIECE / 8).collect();
+    let data: Vec<f32> = (0..BYTES / 4).map(|i| i as f32).collect();
+    let pieces: Vec<&[f32]> = data.chunks(PIECE / 4).collect();
     best(threads, 5, BYTES as f64, || {
         pool.run(pieces.len(), |i| {
-            let mut sums = [0u64; 32];
-            for line in pieces[i].chunks_exact(32) {
-                sums.iter_mut().zip(line).for_each(|(s, v)| *s = s.wrapping_add(*v));
-            }
-            black_box(sums);
+            black_box(isa.vectorize(Read(pieces[i])));
         });
     })
+}
+
+/// The sum of a piece, read as four streams.
+struct Read<'a>(&'a [f32]);
+
+impl Kernel for Read<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        const LINE: usize = 64 / 4;
+        let quarter = self.0.len() / 4;
+        let mut sums = [s.splat(0.0); 4];
+        for at in (0..quarter / LINE * LINE).step_by(LINE) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: a line of quarter i of the piece; what is fetched ahead need not be there.
+                unsafe {
+                    let p = self.0.as_ptr().add(i * quarter + at);
+                    #[cfg(target_arch = "x86_64")]
+                    {
+                        use std::arch::x86_64::*;
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(2048 / 4).cast());
+                    }
+                    *sum = s.add(*sum, s.load(p));
+                }
+            }
+        }
+        s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
+    }
 }
 
 /// Multiply-adds of int8 per second that `threads` threads do together on `isa` with nothing to load: `vpdpbusd` on AVX-512,

@@ -18,7 +18,7 @@ use super::Pool;
 use super::isa::Isa;
 use super::quantized::{Block, Quantized};
 use super::table::{self, Kernel, SEVERAL};
-use crate::backend::Write;
+use crate::backend::{Product, Write};
 use crate::{Vector, View, ViewMut, Weight};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -28,6 +28,10 @@ pub const TILE: usize = 32;
 
 /// Bytes of weights that one claimed piece of work reads, about: long enough to stream, short enough to balance.
 const CHUNK_BYTES: usize = 64 << 10;
+
+/// The same for a single column, whose kernel reads four streams at once: each is a quarter of this and costs a few misses to
+/// begin.
+const STREAM_BYTES: usize = 256 << 10;
 
 /// The input of products: as it came, and rounded. `quantized` may be `None` if every weight is a float format.
 #[derive(Clone, Copy)]
@@ -109,6 +113,13 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
 
 /// How many rows of `w` one piece of work should take for `n` columns on `threads` threads.
 pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
+    if n == 1 {
+        // Several pieces for each thread where the matrix is large, and as many as leave the busiest thread the least.
+        let rounds = (w.rows() * w.row_bytes()).div_ceil(STREAM_BYTES * threads).max(1);
+        let step = |rounds: usize| w.rows().div_ceil(rounds * threads).next_multiple_of(TILE).max(TILE);
+        let busiest = |step: usize| w.rows().div_ceil(step).div_ceil(threads) * step;
+        return (rounds..=2 * rounds).map(step).min_by_key(|s| busiest(*s)).unwrap_or(TILE);
+    }
     let fair = w.rows().div_ceil(4 * threads).next_multiple_of(TILE);
     let by_bytes = if n > SEVERAL { 4 * TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
     by_bytes.min(fair).max(TILE)
@@ -180,34 +191,88 @@ pub fn multiply_with(
     m: usize,
     x: Input<'_>,
     bias: Option<&Vector>,
-    mut out: ViewMut<'_>,
+    out: ViewMut<'_>,
     write: Write,
 ) {
-    let n = out.rows();
-    if n == 0 {
+    if out.rows() > 0 {
+        let part = Part::new(pool, w, m, x, bias, out, write);
+        pool.run(part.pieces, |i| part.piece(isa, i));
+    }
+}
+
+/// Products that share an input, as one parallel loop.
+pub fn multiply_all(isa: Isa, pool: &Pool, x: Input<'_>, products: &mut [Product<'_>]) {
+    if x.float.rows() == 0 {
         return;
     }
-    assert!(out.cols() == w.rows() && bias.is_none_or(|b| b.len() == w.rows()));
-    let columns = columns(w, x, 0..n);
-    let (out, stride) = out.raw();
-    let sink = &Sink { out, stride };
-    let step = chunk(w, n, pool.threads());
-    // A single row's pieces end where a cache line of the output ends, so that no two threads write to one.
-    let lead = if n == 1 { out.align_offset(64).min(w.rows()) } else { 0 };
-    pool.run((w.rows() - lead).div_ceil(step).max(1), |i| {
+    let parts: Vec<Part<'_>> = products
+        .iter_mut()
+        .map(|p| Part::new(pool, p.weight, 0, x, p.bias, p.out.reborrow(), p.write))
+        .collect();
+    pool.run(parts.iter().map(|p| p.pieces).sum(), |mut i| {
+        for part in &parts {
+            if i < part.pieces {
+                return part.piece(isa, i);
+            }
+            i -= part.pieces;
+        }
+    });
+}
+
+/// A product, cut into pieces of work.
+struct Part<'a> {
+    w: &'a Weight,
+    m: usize,
+    columns: Columns<'a>,
+    bias: Option<&'a Vector>,
+    sink: Sink,
+    write: Write,
+    /// Rows of the first piece beyond `step`.
+    lead: usize,
+    step: usize,
+    pieces: usize,
+}
+
+impl<'a> Part<'a> {
+    fn new(
+        pool: &Pool,
+        w: &'a Weight,
+        m: usize,
+        x: Input<'a>,
+        bias: Option<&'a Vector>,
+        mut out: ViewMut<'a>,
+        write: Write,
+    ) -> Self {
+        let n = out.rows();
+        assert!(out.cols() == w.rows() && bias.is_none_or(|b| b.len() == w.rows()));
+        let columns = columns(w, x, 0..n);
+        let (out, stride) = out.raw();
+        let step = chunk(w, n, pool.threads());
+        // A single row's pieces end where a cache line of the output ends, so that no two threads write to one.
+        let lead = if n == 1 { out.align_offset(64).min(w.rows()) } else { 0 };
+        let pieces = (w.rows() - lead).div_ceil(step).max(1);
+        Self { w, m, columns, bias, sink: Sink { out, stride }, write, lead, step, pieces }
+    }
+
+    /// Computes piece `i`, on the calling thread.
+    fn piece(&self, isa: Isa, i: usize) {
+        let Self { w, lead, step, .. } = *self;
         let start = if i == 0 { 0 } else { lead + i * step };
         let end = (lead + (i + 1) * step).min(w.rows());
-        with_scratch((end - start) * n, |y| {
-            product_with(isa, w, m, start..end, &columns, y);
+        with_scratch((end - start) * self.columns.len(), |y| {
+            product_with(isa, w, self.m, start..end, &self.columns, y);
             for (t, y) in y.chunks_exact(end - start).enumerate() {
                 // SAFETY: row t, columns start..end of `out`, which `out.cols() == w.rows()` holds; this piece's alone.
                 let o = unsafe {
-                    std::slice::from_raw_parts_mut(sink.out.add(t * sink.stride + start), end - start)
+                    std::slice::from_raw_parts_mut(
+                        self.sink.out.add(t * self.sink.stride + start),
+                        end - start,
+                    )
                 };
-                store(o, y, bias.map(|b| &b.data[start..end]), write);
+                store(o, y, self.bias.map(|b| &b.data[start..end]), self.write);
             }
         });
-    });
+    }
 }
 
 fn store(out: &mut [f32], y: &[f32], bias: Option<&[f32]>, write: Write) {

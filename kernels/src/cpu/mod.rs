@@ -179,9 +179,7 @@ impl Backend for CpuBackend {
             &mem.moe.x
         });
         let x = matmul::Input { float: x, quantized };
-        for p in products {
-            matmul::multiply(&self.pool, p.weight, 0, x, p.bias, p.out.reborrow(), p.write);
-        }
+        matmul::multiply_all(self.isa, &self.pool, x, products);
         Ok(())
     }
 

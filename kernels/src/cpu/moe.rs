@@ -170,8 +170,9 @@ fn layers(
     let ptr = Shared(ptr);
     let first = if shared.is_some() { n } else { 0 };
     let step = units.first().map_or(TILE, |u| matmul::chunk(u.f.down, n, pool.threads()));
-    // With many units a task reads a run of rows of each: shorter runs keep enough tasks.
-    let step = (step / units.len().clamp(1, 8)).next_multiple_of(TILE);
+    // With many units a task reads a run of rows of each: shorter runs keep enough tasks. One token's are left as long as
+    // they are, for they are read as streams.
+    let step = if n == 1 { step } else { (step / units.len().clamp(1, 8)).next_multiple_of(TILE) };
     pool.share(d.div_ceil(step), work, |i| {
         let rows = i * step..d.min((i + 1) * step);
         let len = rows.len();
@@ -204,11 +205,13 @@ fn layers(
 /// No other thread writes these columns of these rows.
 unsafe fn hide(isa: Isa, u: &Unit<'_>, cols: Range<usize>, bank: &Bank<'_>) {
     let (tokens, width) = (u.rows.len(), cols.len());
-    with_scratch(tokens * (width + 2 * TILE), |s| {
+    // A single token's weights are read as long streams.
+    let step = if tokens == 1 { width } else { TILE };
+    with_scratch(tokens * (width + 2 * step), |s| {
         let (hidden, y) = s.split_at_mut(tokens * width);
         let mut from = cols.start;
         while from < cols.end {
-            let rows = from..cols.end.min(from + TILE);
+            let rows = from..cols.end.min(from + step);
             let len = rows.len();
             let (gate, rest) = y.split_at_mut(tokens * len);
             let up = &mut rest[..tokens * len];

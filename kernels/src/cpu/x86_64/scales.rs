@@ -135,11 +135,14 @@ scales! {
     Q8_0: |p| only_d(halves::<34>(p));
     IQ4_NL: |p| only_d(halves::<18>(p));
     MXFP4: |p| {
-        let mut e = [0.0f32; 8];
-        for (i, e) in e.iter_mut().enumerate() {
-            *e = scalar::e8m0_half(*p.add(17 * i));
-        }
-        only_d(_mm256_loadu_ps(e.as_ptr()))
+        let e = |i: usize| i64::from(*p.add(17 * i)) << (8 * (i % 8));
+        let e = e(0) | e(1) | e(2) | e(3) | e(4) | e(5) | e(6) | e(7);
+        let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(e));
+        // As `scalar::e8m0_half`: the two smallest are subnormal.
+        let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, _mm256_set1_epi32(1)));
+        let small = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
+        let is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+        only_d(_mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, is_small)))
     };
     Q2_K: |p| {
         let s = _mm_loadu_si128(p.cast());

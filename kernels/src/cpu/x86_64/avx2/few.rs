@@ -69,13 +69,14 @@ unsafe fn group<F: Unpack, const C: usize>(p: *const u8, x: [&Block; C], acc: &m
     }
 }
 
-/// `R` rows by `C` columns.
+/// `R` rows, `apart` bytes from one to the next, by `C` columns.
 ///
 /// # Safety
-/// `w` points to `R` rows of `row_bytes`.
+/// `w` points to the first row; each has `row_bytes`.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<F: Unpack, const R: usize, const C: usize>(
     w: *const u8,
+    apart: usize,
     row_bytes: usize,
     x: [&[Block]; C],
 ) -> [[f32; C]; R] {
@@ -87,9 +88,14 @@ unsafe fn tile<F: Unpack, const R: usize, const C: usize>(
     }
     for i in 0..whole {
         for (r, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: group i of row r, block i of each column.
+            // SAFETY: group i of row r, block i of each column; fetching ahead of the rows' end is harmless.
             unsafe {
-                let p = w.add(r * row_bytes + i * F::BYTES);
+                let p = w.add(r * apart + i * F::BYTES);
+                let mut ahead = 0;
+                while ahead < F::BYTES {
+                    _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(1024 + ahead).cast());
+                    ahead += 64;
+                }
                 let mut blocks = [&x[0][0]; C];
                 for c in 0..C {
                     blocks[c] = x[c].get_unchecked(i);
@@ -103,7 +109,7 @@ unsafe fn tile<F: Unpack, const R: usize, const C: usize>(
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: the last `rest` bytes of row r, and a buffer that holds any group.
             unsafe {
-                let p = w.add(r * row_bytes + whole * F::BYTES);
+                let p = w.add(r * apart + whole * F::BYTES);
                 std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), rest);
                 let mut blocks = [&x[0][whole]; C];
                 for c in 0..C {
@@ -132,20 +138,19 @@ unsafe fn columns<F: Unpack, const R: usize, const C: usize>(
 ) {
     let n = w.len() / row_bytes;
     let mut put = |r: usize, c: usize, v: f32| y[(at + c) * n + r] = v;
-    let mut r = 0;
-    while r + R <= n {
-        // SAFETY: rows r..r + R are there.
-        let t = unsafe { tile::<F, R, C>(w.as_ptr().add(r * row_bytes), row_bytes, x) };
+    // Rows read at once lie far apart: streams without gaps are what the processor's prefetchers follow best.
+    let part = n / R;
+    for r in 0..part {
+        // SAFETY: rows r, r + part, ... are there.
+        let t = unsafe { tile::<F, R, C>(w.as_ptr().add(r * row_bytes), part * row_bytes, row_bytes, x) };
         for (i, t) in t.iter().enumerate() {
-            t.iter().enumerate().for_each(|(c, v)| put(r + i, c, *v));
+            t.iter().enumerate().for_each(|(c, v)| put(r + i * part, c, *v));
         }
-        r += R;
     }
-    while r < n {
+    for r in R * part..n {
         // SAFETY: row r is there.
-        let t = unsafe { tile::<F, 1, C>(w.as_ptr().add(r * row_bytes), row_bytes, x) };
+        let t = unsafe { tile::<F, 1, C>(w.as_ptr().add(r * row_bytes), 0, row_bytes, x) };
         t[0].iter().enumerate().for_each(|(c, v)| put(r, c, *v));
-        r += 1;
     }
 }
 

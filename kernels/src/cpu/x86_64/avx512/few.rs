@@ -1,5 +1,6 @@
-//! A few columns: every byte of the weights is read once, several rows at a time so that enough loads are in flight.
+//! Two or three columns (for one see `one`): every byte of the weights is read once, several rows at a time so that enough loads are in flight.
 
+use super::one::{One, column};
 use super::{Unpack, tree};
 use crate::cpu::quantized::Block;
 use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
@@ -155,13 +156,14 @@ unsafe fn columns<F: Unpack, const R: usize, const C: usize>(
 /// # Safety
 /// The CPU has the set.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub unsafe fn few<F: Unpack>(w: &[u8], row_bytes: usize, x: &[&[Block]], y: &mut [f32]) {
+pub unsafe fn few<F: One>(w: &[u8], row_bytes: usize, x: &[&[Block]], y: &mut [f32]) {
+    let n = w.len() / row_bytes;
     let mut at = 0;
     while at < x.len() {
         // SAFETY: the caller's promise; `columns` stays inside `w` and checks `y`.
         unsafe {
             match x.len() - at {
-                1 => columns::<F, 4, 1>(w, row_bytes, [x[at]], y, at),
+                1 => column::<F>(w, row_bytes, x[at], &mut y[at * n..]),
                 2 => columns::<F, 2, 2>(w, row_bytes, [x[at], x[at + 1]], y, at),
                 _ => columns::<F, 2, 3>(w, row_bytes, [x[at], x[at + 1], x[at + 2]], y, at),
             }

@@ -5,6 +5,7 @@ mod float;
 mod formats;
 pub mod lanes;
 mod many;
+mod one;
 mod peak;
 mod runs;
 mod several;
