@@ -7,6 +7,8 @@ SHARED=$(cd "${SHARED:-../../shared}" && pwd)
 "$PYTHON" models/make.py
 "$PYTHON" models/quantised.py
 "$PYTHON" kv/make.py
+"$PYTHON" kv/record.py
+"$PYTHON" kv/policies.py
 "$PYTHON" demo-model/convert.py "$SHARED/demo-model" demo-model/demo-q8_0.gguf
 "$PYTHON" demo-model/measure.py "$SHARED/demo-model" --shakespeare "$SHARED/corpus/shakespeare.txt" \
     --gguf demo-model/demo-q8_0.gguf --llama-cpp

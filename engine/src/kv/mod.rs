@@ -20,3 +20,8 @@ pub use registry::{
 };
 pub use ring::Reach;
 pub use spec::{Budget, KvPlan, KvSpec, Positions, SetPlan, SpecError, Trigger};
+
+/// The examples of docs/kv-policies.md, so that they are compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/kv-policies.md")]
+struct Document;

@@ -214,6 +214,23 @@ fn every_built_in_policy_is_described() {
     }
 }
 
+/// The table of docs/kv-policies.md is what the policies say of themselves.
+#[test]
+fn the_document_lists_every_policy() {
+    let document = include_str!("../../../docs/kv-policies.md");
+    for info in registered().into_iter().filter(|i| i.name != "picky") {
+        let needs = match KvSpec::parse(info.name, Some(Budget::Entries(64))).map(|s| s.kind) {
+            Ok(Kind::Set(policy, ..)) => policy.needs().to_string(),
+            Ok(_) => "nothing".into(),
+            Err(_) => "what the inner one needs".into(),
+        };
+        let params: Vec<_> = info.params.iter().map(|p| format!("`{}` ({})", p.name, p.default)).collect();
+        let cells = [&format!("`{}`", info.name), info.idea, &params.join(", "), &needs, info.paper];
+        let row = format!("| {} |", cells.join(" | ")).replace("|  |", "| |").replace("|  |", "| |");
+        assert!(document.contains(&row), "docs/kv-policies.md lacks the row\n{row}");
+    }
+}
+
 #[test]
 fn long_and_strange_strings_are_shown_in_one_line_each() {
     for text in ["x".repeat(5000), "ä\n\t\u{7}".repeat(30), format!("{}knorm:9", "pyramid(".repeat(200))] {

@@ -11,11 +11,12 @@
 //! end). The norm is the value's, not that of its output projection (so does NVIDIA's kvpress). On MLA queries are absorbed, keys
 //! are latent and rotary key together, and the latent's norm stands for the values'.
 //!
-//! Cost per eviction and layer: entries x queries x heads x key dimensions multiply-adds; `queries` sets it.
+//! Evicts at the prompt's end; with `evict=both` also while decoding. An eviction costs entries x queries x heads x key
+//! dimensions multiply-adds per layer (docs/performance.md): `queries` sets it.
 
 use crate::kv::policy::{
-    AttentionKind, KvPolicy, LayerGeometry, LayerView, Needs, ParamInfo, PolicyInfo, Protect, add_scaled,
-    dot, norm,
+    AttentionKind, Evict, KvPolicy, LayerGeometry, LayerView, Needs, ParamInfo, PolicyInfo, Protect,
+    add_scaled, dot, norm,
 };
 use std::sync::Arc;
 
@@ -30,6 +31,7 @@ pub(crate) const INFO: PolicyInfo = PolicyInfo {
         ParamInfo { name: "values", default: "yes", what: "no: leave out the value's norm" },
         ParamInfo { name: "epsilon", default: "0", what: "added before the value's norm" },
     ],
+    evict: Evict::Prompt,
     ..PolicyInfo::policy("expected", |p| {
         let yes = |key| Ok(p.choice(key, &["yes", "no"])? != Some(1));
         let positive = |key, default| match p.whole(key)?.unwrap_or(default) {
