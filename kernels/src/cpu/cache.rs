@@ -1,9 +1,11 @@
 //! Cache types: reading runs of cached rows into f32 scratch, and writing rows. One row of a table per type, one column per
 //! ISA. Knows slots and columns; nothing of attention.
 
+use super::Pool;
 use super::isa::Isa;
 use super::lanes::{Kernel, Simd, W, padded};
-use crate::KvBuf;
+use super::scratch::Shared;
+use crate::{KvBuf, View};
 use quant::DType;
 use std::ops::Range;
 
@@ -62,16 +64,6 @@ impl Codec for Bf16 {
     }
 }
 
-/// The block's scale: the half at its start.
-///
-/// # Safety
-/// Two bytes must be readable.
-#[inline(always)]
-unsafe fn scale(block: *const u8) -> f32 {
-    // SAFETY: the caller's.
-    half::f16::from_le_bytes(unsafe { block.cast::<[u8; 2]>().read_unaligned() }).to_f32()
-}
-
 impl Codec for Q8 {
     const BLOCK: (usize, usize) = (32, 34);
     #[inline(always)]
@@ -79,7 +71,7 @@ impl Codec for Q8 {
         // SAFETY: a block is a half and 32 bytes; 16 lanes never straddle two.
         unsafe {
             let block = row.add(at / 32 * 34);
-            s.mul(s.load_i8(block.add(2 + at % 32)), s.splat(scale(block)))
+            s.mul(s.load_i8(block.add(2 + at % 32)), s.splat_f16(block))
         }
     }
 }
@@ -96,7 +88,7 @@ impl Codec for Q4 {
             } else {
                 s.load_u4::<true>(block.add(2))
             };
-            s.mul(s.sub(q, s.splat(8.0)), s.splat(scale(block)))
+            s.mul(s.sub(q, s.splat(8.0)), s.splat_f16(block))
         }
     }
 }
@@ -189,8 +181,15 @@ pub unsafe fn read(
     reader(isa, Read { cache, slot, rows, col, len, dst, stride });
 }
 
-/// Stores `x` in `slot`.
-pub fn write(isa: Isa, x: &[f32], cache: &mut KvBuf, slot: usize) {
+/// The bytes of `n` rows from `slot` on.
+pub fn bytes(cache: &KvBuf, slot: usize, n: usize) -> &[u8] {
+    let row = cache.data.len() / cache.slots();
+    &cache.data[slot * row..][..n * row]
+}
+
+/// Stores row i of `x` in slot `slots[i]`. Tasks share out columns, not rows: two rows may go to the same slot, and the later
+/// one stays.
+pub fn write(pool: &Pool, isa: Isa, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) {
     struct Halves<'a>(&'a [f32], &'a mut [u8]);
     impl Kernel for Halves<'_> {
         type Out = usize;
@@ -207,15 +206,35 @@ pub fn write(isa: Isa, x: &[f32], cache: &mut KvBuf, slot: usize) {
             whole
         }
     }
-    let quantize = cache.dtype().format().quantize.expect("every cache type can be written");
+    let format = cache.dtype().format();
+    let quantize = format.quantize.expect("every cache type can be written");
     let halves = cache.dtype() == DType::F16 && !matches!(isa, Isa::Portable | Isa::Scalar);
-    let row = cache.row_mut(slot);
-    let done = if halves { isa.vectorize(Halves(x, row)) } else { 0 };
-    if done < x.len() {
-        let bytes = if done > 0 { 2 * done } else { 0 };
-        quantize(&x[done..], &mut row[bytes..], None);
-    }
+    // Rounding to blocks searches scales, some hundred operations a value; elements are stored as fast as memory takes them.
+    let tasks = if format.block_len > 1 { 4 * pool.threads() } else { 1 };
+    let (width, row_bytes) = (cache.width(), cache.row(0).len());
+    let step = (width / tasks).max(1).next_multiple_of(COLUMNS).min(width);
+    let data = Shared(cache.data.as_mut_ptr());
+    pool.share(width.div_ceil(step), slots.len() * width * 64, |i| {
+        let cols = i * step..width.min((i + 1) * step);
+        let bytes = cols.start / format.block_len * format.block_bytes
+            ..cols.end / format.block_len * format.block_bytes;
+        for (i, slot) in slots.iter().enumerate() {
+            let x = &x.row(i)[cols.clone()];
+            // SAFETY: `Device::kv_write` checked the slots; whole blocks of a row, which no other task has.
+            let row = unsafe {
+                let at = data.at(*slot as usize * row_bytes + bytes.start);
+                std::slice::from_raw_parts_mut(at, bytes.len())
+            };
+            let done = if halves { isa.vectorize(Halves(x, &mut *row)) } else { 0 };
+            if done < x.len() {
+                quantize(&x[done..], &mut row[2 * done..], None);
+            }
+        }
+    });
 }
+
+/// Columns of a task's share of a row: whole blocks and whole cache lines of every type.
+const COLUMNS: usize = 64;
 
 /// Columns `cols` of a slot into `out`, of their length exactly.
 pub fn read_row(isa: Isa, cache: &KvBuf, slot: usize, cols: &Range<usize>, out: &mut [f32]) {

@@ -12,6 +12,19 @@ pub const fn padded(n: usize) -> usize {
     n.div_ceil(W) * W
 }
 
+/// Asks for the cache line at `p` in the first-level cache (`FAR` 0) or the second (1); any address will do.
+#[inline(always)]
+pub fn prefetch<const FAR: u8>(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: part of x86-64's baseline; a prefetch never faults.
+    unsafe {
+        use std::arch::x86_64::*;
+        if FAR == 0 { _mm_prefetch::<_MM_HINT_T0>(p.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Work to be compiled once per ISA. Implementors mark `run` `#[inline(always)]`, so that it is compiled with the ISA's
 /// features.
 pub trait Kernel {
@@ -56,6 +69,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` must be readable for 32 bytes.
     unsafe fn load_bf16(self, p: *const u8) -> Self::V;
+    /// One IEEE half in every lane.
+    ///
+    /// # Safety
+    /// `p` must be readable for two bytes.
+    unsafe fn splat_f16(self, p: *const u8) -> Self::V;
     /// Reads 16 signed bytes.
     ///
     /// # Safety
@@ -153,6 +171,8 @@ unsafe fn tile<S: Simd, const R: usize, const N: usize>(s: S, g: &Gemm, i: usize
                 *v = s.load(b.add(n * W));
             }
             let a = g.a.add(i * g.a_row + k * g.a_k);
+            // The next rows' line: where terms lie far apart (values of a block), nothing else foresees it.
+            prefetch::<0>(a.wrapping_add(R * g.a_row).cast());
             for (r, acc) in acc.iter_mut().enumerate() {
                 let x = s.splat(*a.add(r * g.a_row));
                 for (acc, v) in acc.iter_mut().zip(&v) {
@@ -266,6 +286,11 @@ impl Simd for Portable {
         // SAFETY: the caller's.
         let h = unsafe { p.cast::<[[u8; 2]; W]>().read_unaligned() };
         h.map(|b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
+    }
+    #[inline(always)]
+    unsafe fn splat_f16(self, p: *const u8) -> Self::V {
+        // SAFETY: the caller's.
+        [half::f16::from_le_bytes(unsafe { p.cast::<[u8; 2]>().read_unaligned() }).to_f32_const(); W]
     }
     #[inline(always)]
     unsafe fn load_i8(self, p: *const u8) -> Self::V {

@@ -208,8 +208,8 @@ impl Backend for CpuBackend {
     }
 
     fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
-        for (i, &slot) in slots.iter().enumerate() {
-            cache::write(self.isa, x.row(i), cache, slot as usize);
+        if !slots.is_empty() {
+            cache::write(&self.pool, self.isa, x, cache, slots);
         }
         Ok(())
     }

@@ -14,8 +14,8 @@ use super::super::{Pool, cache, matmul};
 use super::expanded::{self, expanded};
 use super::mass::{self, OverLanes, Target};
 use super::rows::{part_len, slice};
-use super::tile::{BLOCK, Block, LANES, Tile};
-use super::{Memory, add_seen, jobs_of, passes, pow2};
+use super::tile::{Ahead, BLOCK, Block, LANES, Tile};
+use super::{Job, Memory, jobs_of, passes, pow2};
 use crate::backend::{Mass, Mla, MlaUp};
 use crate::{KernelError, View, ViewMut, Weight};
 use std::cell::RefCell;
@@ -144,9 +144,12 @@ fn absorbed(
     }
     let (ptr, stride) = out.raw();
     let ptr = Shared(ptr);
-    // A piece's state: sums [latent][lanes], maxima, weights. A row's own block: absorbed queries, then mixes, [heads][latent].
+    // A piece's state: sums [latent][lanes], maxima, weights. A row's own block: queries [pieces][key][lanes], the same for sinks
+    // where they differ, then absorbed queries [heads][latent], later mixes [pieces][latent][lanes].
     let piece = lanes * (latent + 2);
-    let per_row = 2 * heads * latent;
+    let q_len = lanes * key;
+    let mix_at = pieces * q_len * (1 + usize::from(sinks));
+    let per_row = mix_at + pieces * lanes * latent;
     let counted = mass.map_or(0..0, |t| t.rows(first, end));
     // The weights kept of a part of a row: `[pieces][kept(row)][lanes]` after the states of its pieces.
     let kept = |row: usize| if counted.contains(&row) { part_len(m.visible.seen(row)) } else { 0 };
@@ -160,108 +163,109 @@ fn absorbed(
             let q = &m.q.row(r)[h * hd..][..m.nope];
             let mut claim = areas.claim();
             // SAFETY: this (row, head)'s query, which no other task has.
-            let to = unsafe { std::slice::from_raw_parts_mut(base.at(row_at(r) + h * latent), latent) };
-            absorb(isa, m, h, q, to, &mut claim);
+            let to = unsafe { base.at(row_at(r) + mix_at + h * latent) };
+            // SAFETY: as above.
+            absorb(isa, m, h, q, unsafe { std::slice::from_raw_parts_mut(to, latent) }, &mut claim);
         });
+        let scale = m.scale * LOG2_E;
+        pool.share(rows.len() * pieces, rows.len() * pieces * q_len, |i| {
+            let (r, p) = (rows.start + i / pieces, i % pieces);
+            let here = lanes.min(heads - p * lanes);
+            let at = row_at(r);
+            for (set, pe) in [Some(m.q), m.q_sink].into_iter().flatten().enumerate() {
+                // SAFETY: this (row, piece)'s queries, which no other task has; absorbed ones are complete and only read.
+                let (to, from) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(base.at(at + (set * pieces + p) * q_len), q_len),
+                        std::slice::from_raw_parts(
+                            base.at(at + mix_at + p * lanes * latent).cast_const(),
+                            here * latent,
+                        ),
+                    )
+                };
+                let pe = pe.row(r);
+                for (d, to) in to.chunks_exact_mut(lanes).enumerate() {
+                    for (l, x) in to[..here].iter_mut().enumerate() {
+                        let pe_at = (p * lanes + l) * hd + m.nope;
+                        *x = scale * if d < latent { from[l * latent + d] } else { pe[pe_at + d - latent] };
+                    }
+                    to[here..].fill(0.0);
+                }
+            }
+        });
+        // A task takes a run of parts, so that each block can be fetched while the one before is worked on.
+        let run = jobs.len().div_ceil(4 * pool.threads());
+        let runs = jobs.len().div_ceil(run);
         let seen: usize = rows.clone().map(|r| m.visible.seen(r)).sum();
-        pool.share(jobs.len() * pieces, seen * heads * (key + latent), |i| {
-            let (job, p) = (jobs[i / pieces], i % pieces);
+        pool.share(runs * pieces, seen * heads * (key + latent), |i| {
+            let (jobs, p) = (&jobs[i / pieces * run..jobs.len().min((i / pieces + 1) * run)], i % pieces);
             let mut claim = areas.claim();
             let mut area = Cut(&mut claim);
             const FITS: &str = "checked to fit";
-            let mut tile = Tile::new(&mut area, lanes, key, latent, sinks).expect(FITS);
-            let keep = lanes * kept(job.row);
-            if keep > 0 {
-                // SAFETY: this job's piece, which no other task has.
-                let to = unsafe { base.at(job.at + pieces * piece + p * keep) };
-                // SAFETY: as above.
-                tile.kept = Some((unsafe { std::slice::from_raw_parts_mut(to, keep) }, 0));
-            }
-            let keys = area.take(BLOCK * key_pad, "").expect(FITS);
-            let scores = area.take(BLOCK * lanes, "").expect(FITS);
-            let scale = m.scale * LOG2_E;
-            for lane in 0..lanes {
-                let h = p * lanes + lane;
-                if h >= heads {
-                    tile.set(lane, &[], &[], 0.0);
-                    continue;
+            let mut take = |n: usize| area.take(n, "").expect(FITS);
+            let (q, mut q_sink) = (take(q_len), sinks.then(|| take(q_len)));
+            let (keys, scores) = (take(BLOCK * key_pad), take(BLOCK * lanes));
+            let mut blocks = jobs.iter().flat_map(|j| blocks(m, j).map(move |b| (j, b))).peekable();
+            for job in jobs {
+                for (set, q) in [Some(&mut *q), q_sink.as_deref_mut()].into_iter().flatten().enumerate() {
+                    let at = row_at(job.row) + (set * pieces + p) * q_len;
+                    // SAFETY: written by the loop before, which has ended.
+                    q.copy_from_slice(unsafe { std::slice::from_raw_parts(base.at(at).cast_const(), q_len) });
                 }
-                // SAFETY: written by the loop before, which has ended.
-                let q = unsafe {
-                    std::slice::from_raw_parts(base.at(row_at(job.row) + h * latent).cast_const(), latent)
+                let keep = lanes * kept(job.row);
+                // SAFETY: this job's piece and its weights, which no other task has.
+                let (state, weights) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(base.at(job.at + p * piece), piece),
+                        std::slice::from_raw_parts_mut(base.at(job.at + pieces * piece + p * keep), keep),
+                    )
                 };
-                let q_pe = &m.q.row(job.row)[h * hd + m.nope..][..m.rope];
-                let q_pe2 = m.q_sink.map_or(q_pe, |s| &s.row(job.row)[h * hd + m.nope..][..m.rope]);
-                tile.set_parts(lane, q, q_pe, q_pe2, scale);
-            }
-            for s in slice(m.visible.row(job.row), job.list(m.visible)) {
-                let mut from = s.start;
-                while from < s.end {
-                    let len = BLOCK.min((s.end - from) as usize);
+                let mut tile = Tile::over(lanes, q, q_sink.as_deref_mut(), state);
+                tile.kept = (keep > 0).then_some((weights, 0));
+                while let Some((_, (from, len, sink))) = blocks.next_if(|(j, _)| j.at == job.at) {
                     // SAFETY: BLOCK rows of key_pad floats; the rotary part overwrites the latent's padding.
                     unsafe {
                         let k = keys.as_mut_ptr();
-                        cache::read(isa, m.latent, from as usize, len, 0, latent, k, key_pad);
-                        cache::read(isa, m.k_pe, from as usize, len, 0, m.rope, k.add(latent), key_pad);
-                        let keys = k.cast_const();
-                        let b = Block {
-                            keys,
-                            key_row: key_pad,
-                            values: keys,
-                            value_row: key_pad,
-                            len,
-                            sink: s.sink,
-                        };
-                        add_seen(isa, &mut tile, b, from, &[], 1, scores);
+                        cache::read(isa, m.latent, from, len, 0, latent, k, key_pad);
+                        cache::read(isa, m.k_pe, from, len, 0, m.rope, k.add(latent), key_pad);
                     }
-                    from += len as u32;
+                    let ahead = blocks.peek().map_or(Ahead::NONE, |(_, (from, len, _))| {
+                        Ahead::new(cache::bytes(m.latent, *from, *len), cache::bytes(m.k_pe, *from, *len))
+                    });
+                    let keys = keys.as_ptr();
+                    let block = Block { keys, key_row: key_pad, values: keys, value_row: key_pad, len, sink };
+                    isa.vectorize(super::Add { tile: &mut tile, block, seen: None, scores, ahead });
                 }
             }
-            // SAFETY: this job's piece, which no other task has.
-            let state = unsafe { std::slice::from_raw_parts_mut(base.at(job.at + p * piece), piece) };
-            state[..lanes * latent].copy_from_slice(tile.out);
-            state[lanes * latent..][..lanes].copy_from_slice(tile.max);
-            state[lanes * (latent + 1)..].copy_from_slice(tile.sum);
+        });
+        // Parts are merged a range of the latent at a time, all heads of a piece together.
+        let share = latent.div_ceil(4 * pool.threads()).next_multiple_of(W);
+        let shares = latent.div_ceil(share);
+        pool.share(rows.len() * pieces * shares, jobs.len() * piece * pieces, |i| {
+            let (r, p) = (rows.start + i / shares / pieces, i / shares % pieces);
+            let range = i % shares * share..latent.min((i % shares + 1) * share);
+            let jobs = jobs_of(jobs, r);
+            // SAFETY: states are complete and only read; this range of the mix is this task's alone.
+            let (states, mix) = unsafe {
+                let all = jobs[0].at + p * piece..jobs[jobs.len() - 1].at + (p + 1) * piece;
+                let at = row_at(r) + mix_at + (p * latent + range.start) * lanes;
+                (
+                    std::slice::from_raw_parts(base.at(all.start).cast_const(), all.len()),
+                    std::slice::from_raw_parts_mut(base.at(at), range.len() * lanes),
+                )
+            };
+            isa.vectorize(Merge { states, step: per_part(r), parts: jobs.len(), lanes, latent, range, mix });
         });
         pool.run(rows.len() * heads, |i| {
             let (r, h) = (rows.start + i / heads, i % heads);
-            let jobs = jobs_of(jobs, r);
-            let (p, lane) = (h / lanes, h % lanes);
-            let at = |j: &super::Job, i: usize| {
-                // SAFETY: inside a piece's state.
-                unsafe { base.at(j.at + p * piece + i) }
+            let mut claim = areas.claim();
+            let mix = &mut claim[..latent];
+            let at = row_at(r) + mix_at + h / lanes * lanes * latent + h % lanes;
+            // SAFETY: mixes are complete and only read; the outputs are this (row, head)'s alone.
+            let o = unsafe {
+                mix.iter_mut().enumerate().for_each(|(d, x)| *x = *base.at(at + d * lanes));
+                std::slice::from_raw_parts_mut(ptr.at(r * stride + h * m.value), m.value)
             };
-            // SAFETY: the sums of a piece are complete and only read; of the rest, the mix, the outputs and the maximum and sum
-            // of its lane are this (row, head)'s alone.
-            let (max, sum, parts, mix, o) = unsafe {
-                (
-                    |j: &super::Job| *at(j, lanes * latent + lane),
-                    |j: &super::Job| at(j, lanes * (latent + 1) + lane),
-                    |j: &super::Job| std::slice::from_raw_parts(at(j, 0).cast_const(), lanes * latent),
-                    std::slice::from_raw_parts_mut(
-                        base.at(jobs[0].at - per_row + (heads + h) * latent),
-                        latent,
-                    ),
-                    std::slice::from_raw_parts_mut(ptr.at(r * stride + h * m.value), m.value),
-                )
-            };
-            let top = jobs.iter().map(max).fold(f32::NEG_INFINITY, f32::max);
-            let mut total = 0.0;
-            mix.fill(0.0);
-            for j in jobs {
-                let f = pow2(max(j) - top);
-                // SAFETY: as above.
-                total += f * unsafe { *sum(j) };
-                let rows = parts(j).chunks_exact(lanes);
-                mix.iter_mut().zip(rows).for_each(|(x, s)| *x += f * s[lane]);
-            }
-            let inv = 1.0 / total;
-            mix.iter_mut().for_each(|x| *x *= inv);
-            if counted.contains(&r) {
-                // From here on a part's sum is the factor that makes its weights probabilities.
-                // SAFETY: as above.
-                jobs.iter().for_each(|j| unsafe { *sum(j) = pow2(max(j) - top) * inv });
-            }
             match m.up {
                 MlaUp::Split { v_b, .. } => matvec(v_b, h, 0..m.value, mix, o),
                 MlaUp::Joint { kv_b } => {
@@ -277,10 +281,11 @@ fn absorbed(
         const FITS: &str = "a part and its heads";
         let factors = area.take(pieces * lanes, "").expect(FITS);
         for j in jobs.iter().filter(|j| counted.contains(&j.row)) {
-            for (p, factors) in factors.chunks_exact_mut(lanes).enumerate() {
-                let here = lanes.min(heads - p * lanes);
-                factors[here..].fill(0.0);
-                factors[..here].copy_from_slice(&store[j.at + p * piece + lanes * (latent + 1)..][..here]);
+            let row = jobs_of(jobs, j.row);
+            for (h, factor) in factors.iter_mut().enumerate() {
+                let at = |j: &Job| j.at + h / lanes * piece + lanes * latent + h % lanes;
+                *factor =
+                    if h < heads { factor_of(row, j, |j| (store[at(j)], store[at(j) + lanes])) } else { 0.0 };
             }
             let list = j.list(m.visible);
             let sums = &mut area.0[..padded(list.len())];
@@ -291,4 +296,73 @@ fn absorbed(
             unsafe { mass::add_list(mass, 0, m.visible.row(j.row), list, sums) };
         }
     })
+}
+
+/// What makes the weights of part `j` of a row probabilities; `state` gives a part's maximum and sum.
+fn factor_of(row: &[Job], j: &Job, state: impl Fn(&Job) -> (f32, f32)) -> f32 {
+    let top = row.iter().map(|j| state(j).0).fold(f32::NEG_INFINITY, f32::max);
+    let total: f32 = row.iter().map(|j| pow2(state(j).0 - top) * state(j).1).sum();
+    pow2(state(j).0 - top) * (1.0 / total)
+}
+
+/// The blocks of a job's list: first slot, length, whether they are sinks.
+fn blocks(m: &Mla<'_>, job: &Job) -> impl Iterator<Item = (usize, usize, bool)> {
+    slice(m.visible.row(job.row), job.list(m.visible)).flat_map(|s| {
+        let (start, end) = (s.start as usize, s.end as usize);
+        (start..end).step_by(BLOCK).map(move |from| (from, BLOCK.min(end - from), s.sink))
+    })
+}
+
+/// Merges the parts of a row: `mix[d][lane] = sum_j f_j sums_j[d][lane] / sum_j f_j weight_j` for d in `range`, j ascending,
+/// where f_j brings part j to the largest maximum: a power of two, so that products with it are exact.
+struct Merge<'a> {
+    /// Part j's state at `j * step`: `[latent][lanes]` sums, `[lanes]` maxima, `[lanes]` weights.
+    states: &'a [f32],
+    step: usize,
+    parts: usize,
+    lanes: usize,
+    latent: usize,
+    range: Range<usize>,
+    mix: &'a mut [f32],
+}
+
+impl Kernel for Merge<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { states, step, parts, lanes, latent, range, mix } = self;
+        assert!(states.len() >= (parts - 1) * step + lanes * (latent + 2) && lanes.is_multiple_of(W));
+        assert!(range.end <= latent && mix.len() == range.len() * lanes);
+        for l in (0..lanes).step_by(W) {
+            // SAFETY: inside a part's state, and inside the mix, by the assertions.
+            unsafe {
+                let at = |j: usize, d: usize| s.load(states.as_ptr().add(j * step + d * lanes + l));
+                let mut top = at(0, latent);
+                for j in 1..parts {
+                    top = s.max(top, at(j, latent));
+                }
+                let one = s.splat(1.0);
+                let mut total = s.splat(0.0);
+                for j in 0..parts {
+                    total = s.fma(s.scale2(one, s.sub(at(j, latent), top)), at(j, latent + 1), total);
+                }
+                let inv = s.div(one, total);
+                // Four rows at a time hide the latency of the sums.
+                for d0 in (range.start..range.end).step_by(4) {
+                    let n = 4.min(range.end - d0);
+                    let mut sums = [s.splat(0.0); 4];
+                    for j in 0..parts {
+                        let f = s.scale2(one, s.sub(at(j, latent), top));
+                        for (i, sum) in sums.iter_mut().enumerate().take(n) {
+                            *sum = s.fma(f, at(j, d0 + i), *sum);
+                        }
+                    }
+                    for (i, sum) in sums.into_iter().enumerate().take(n) {
+                        let to = mix.as_mut_ptr().add((d0 + i - range.start) * lanes + l);
+                        s.store(s.mul(sum, inv), to);
+                    }
+                }
+            }
+        }
+    }
 }

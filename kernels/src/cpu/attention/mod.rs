@@ -26,7 +26,7 @@ use crate::{KernelError, ViewMut};
 use mass::{OverRows, Stats, Target};
 use rows::{Plan, TileRows, part_len, parts};
 use std::ops::Range;
-use tile::{BLOCK, Block, LANES, Seen, Tile};
+use tile::{Ahead, BLOCK, Block, LANES, Seen, Tile};
 
 /// What attention works in, kept between calls.
 pub struct Memory {
@@ -101,14 +101,15 @@ struct Add<'t, 'a> {
     block: Block,
     seen: Option<(&'t [f32; LANES], &'t [f32; LANES])>,
     scores: &'t mut [f32],
+    ahead: Ahead,
 }
 
 impl Kernel for Add<'_, '_> {
     type Out = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Simd>(mut self, s: S) {
         // SAFETY: whoever builds an `Add` gives pointers to rows of a scratch block of at least these lengths.
-        unsafe { self.tile.add(s, self.block, self.seen, self.scores) }
+        unsafe { self.tile.add(s, self.block, self.seen, self.scores, &mut self.ahead) }
     }
 }
 
@@ -134,7 +135,7 @@ unsafe fn add_seen(
             Some((&lo, &hi))
         }
     };
-    isa.vectorize(Add { tile, block, seen, scores });
+    isa.vectorize(Add { tile, block, seen, scores, ahead: Ahead::NONE });
 }
 
 /// What lanes see of entries `from..from + len`, lane l being of row l / group and `ranges` what rows see.

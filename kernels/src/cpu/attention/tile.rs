@@ -4,7 +4,7 @@
 //! The running maximum is an integer power of two, rescaled by exact factors, and every sum runs entry by entry: a row's
 //! bits do not depend on where blocks begin, nor on the other rows. Knows f32 blocks; nothing of caches or heads.
 
-use super::super::lanes::{Gemm, Simd, W};
+use super::super::lanes::{Gemm, Simd, W, prefetch};
 use super::super::math::exp2_parts;
 use super::super::scratch::Cut;
 use crate::KernelError;
@@ -48,6 +48,59 @@ pub enum Seen {
     All,
     Nothing,
     Some([f32; LANES], [f32; LANES]),
+}
+
+/// Memory that will be read next, fetched into the second-level cache between the pieces of a block's products: the conversion of
+/// a block of the cache would otherwise wait for memory that stands idle during the products.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    /// Runs of bytes: start and length.
+    runs: [(*const u8, usize); 2],
+    /// Bytes at a time.
+    step: usize,
+}
+
+/// Pieces that each product of a block is cut in while something lies ahead.
+const STEPS: usize = 6;
+
+impl Ahead {
+    /// Nothing.
+    pub const NONE: Self = Self { runs: [(std::ptr::null(), 0); 2], step: 0 };
+
+    /// Two runs of bytes.
+    pub fn new(a: &[u8], b: &[u8]) -> Self {
+        let step = (a.len() + b.len()).div_ceil(2 * STEPS).next_multiple_of(64);
+        Self { runs: [(a.as_ptr(), a.len()), (b.as_ptr(), b.len())], step }
+    }
+
+    /// Asks for the next lines.
+    #[inline(always)]
+    fn fetch(&mut self) {
+        let mut left = self.step;
+        for (at, len) in &mut self.runs {
+            let n = left.min(*len);
+            for i in (0..n).step_by(64) {
+                prefetch::<1>(at.wrapping_add(i));
+            }
+            (*at, *len, left) = (at.wrapping_add(n), *len - n, left - n);
+        }
+    }
+}
+
+/// `g` row by row of its output, in pieces of `rows`, with a look ahead before each.
+///
+/// # Safety
+/// As [`Gemm`] says.
+#[inline(always)]
+unsafe fn pieces<S: Simd>(s: S, g: Gemm, rows: usize, ahead: &mut Ahead) {
+    let mut at = 0;
+    while at < g.rows {
+        ahead.fetch();
+        let n = rows.min(g.rows - at);
+        // SAFETY: rows at..at + n of the same product.
+        unsafe { s.gemm(Gemm { rows: n, a: g.a.add(at * g.a_row), c: g.c.add(at * g.c_row), ..g }) };
+        at += n;
+    }
 }
 
 /// A block of keys and values in f32.
@@ -106,6 +159,18 @@ impl<'a> Tile<'a> {
         Ok(t)
     }
 
+    /// A tile whose queries are set, for sinks too where they differ, and whose state, empty, lies in `state`:
+    /// `[value][lanes]` sums, `[lanes]` maxima, `[lanes]` weights.
+    pub fn over(lanes: usize, q: &'a mut [f32], q_sink: Option<&'a mut [f32]>, state: &'a mut [f32]) -> Self {
+        assert!(lanes.is_multiple_of(W) && q.len().is_multiple_of(lanes) && state.len() >= 2 * lanes);
+        let value = state.len() / lanes - 2;
+        let (out, rest) = state.split_at_mut(value * lanes);
+        let (max, sum) = rest.split_at_mut(lanes);
+        let mut t = Self { lanes, key: q.len() / lanes, value, q, q_sink, out, max, sum, kept: None };
+        t.reset();
+        t
+    }
+
     /// Empties the state.
     pub fn reset(&mut self) {
         self.out.fill(0.0);
@@ -152,30 +217,31 @@ impl<'a> Tile<'a> {
         b: Block,
         seen: Option<(&[f32; LANES], &[f32; LANES])>,
         scores: &mut [f32],
+        ahead: &mut Ahead,
     ) {
         let lanes = self.lanes;
         assert!(self.out.len() == self.value * lanes);
         // SAFETY: the caller's.
-        unsafe { self.score(s, b, scores) };
+        unsafe { self.score(s, b, scores, ahead) };
         for j in (0..lanes).step_by(W) {
             self.soften(s, b.len, j, seen, scores);
         }
+        let g = Gemm {
+            rows: self.value,
+            vectors: lanes / W,
+            depth: b.len,
+            a: b.values,
+            a_row: 1,
+            a_k: b.value_row,
+            b: scores.as_ptr(),
+            b_row: lanes,
+            c: self.out.as_mut_ptr(),
+            c_row: lanes,
+            accumulate: true,
+        };
+        let rows = if ahead.step > 0 { self.value.div_ceil(STEPS).next_multiple_of(W) } else { usize::MAX };
         // SAFETY: as above, for the values.
-        unsafe {
-            s.gemm(Gemm {
-                rows: self.value,
-                vectors: lanes / W,
-                depth: b.len,
-                a: b.values,
-                a_row: 1,
-                a_k: b.value_row,
-                b: scores.as_ptr(),
-                b_row: lanes,
-                c: self.out.as_mut_ptr(),
-                c_row: lanes,
-                accumulate: true,
-            });
-        }
+        unsafe { pieces(s, g, rows, ahead) };
         if let Some((kept, n)) = &mut self.kept {
             kept[*n * lanes..][..b.len * lanes].copy_from_slice(&scores[..b.len * lanes]);
             *n += b.len;
@@ -198,7 +264,7 @@ impl<'a> Tile<'a> {
         let lanes = self.lanes;
         // SAFETY: the caller's; then every access is at e * lanes + j, inside by the assertion of `score`.
         unsafe {
-            self.score(s, b, scores);
+            self.score(s, b, scores, &mut Ahead { ..Ahead::NONE });
             for j in (0..lanes).step_by(W) {
                 self.cut(s, b.len, j, seen, scores);
                 let (max, inv) = (s.load(self.max.as_ptr().add(j)), s.load(self.sum.as_ptr().add(j)));
@@ -216,7 +282,7 @@ impl<'a> Tile<'a> {
     /// # Safety
     /// As [`Tile::add`], for the keys.
     #[inline(always)]
-    unsafe fn score<S: Simd>(&self, s: S, b: Block, scores: &mut [f32]) {
+    unsafe fn score<S: Simd>(&self, s: S, b: Block, scores: &mut [f32], ahead: &mut Ahead) {
         let lanes = self.lanes;
         assert!(b.len <= BLOCK && scores.len() >= b.len * lanes && lanes <= LANES);
         let q = match &self.q_sink {
@@ -224,22 +290,21 @@ impl<'a> Tile<'a> {
             _ => &*self.q,
         };
         assert!(q.len() == self.key * lanes && self.max.len() == lanes && self.sum.len() == lanes);
+        let g = Gemm {
+            rows: b.len,
+            vectors: lanes / W,
+            depth: self.key,
+            a: b.keys,
+            a_row: b.key_row,
+            a_k: 1,
+            b: q.as_ptr(),
+            b_row: lanes,
+            c: scores.as_mut_ptr(),
+            c_row: lanes,
+            accumulate: false,
+        };
         // SAFETY: shapes as asserted; keys as the caller promised.
-        unsafe {
-            s.gemm(Gemm {
-                rows: b.len,
-                vectors: lanes / W,
-                depth: self.key,
-                a: b.keys,
-                a_row: b.key_row,
-                a_k: 1,
-                b: q.as_ptr(),
-                b_row: lanes,
-                c: scores.as_mut_ptr(),
-                c_row: lanes,
-                accumulate: false,
-            });
-        }
+        unsafe { pieces(s, g, if ahead.step > 0 { W } else { usize::MAX }, ahead) };
     }
 
     /// Cuts the scores of lanes `j..j + 16` to their range and hides what is not seen; returns the largest.

@@ -65,6 +65,15 @@ impl Simd for Avx2 {
         unsafe { V(half(p), half(p.add(16))) }
     }
     #[inline(always)]
+    unsafe fn splat_f16(self, p: *const u8) -> V {
+        unsafe {
+            let v = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
+                p.cast::<u16>().read_unaligned(),
+            ))));
+            V(v, v)
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const u8) -> V {
         #[inline(always)]
         unsafe fn half(p: *const u8) -> __m256 {

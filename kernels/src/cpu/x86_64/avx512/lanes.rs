@@ -48,6 +48,14 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn splat_f16(self, p: *const u8) -> __m512 {
+        unsafe {
+            _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
+                p.cast::<u16>().read_unaligned(),
+            ))))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(self, p: *const u8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }
