@@ -4,6 +4,7 @@
 mod argv;
 mod bench;
 mod files;
+mod kv_eval;
 mod run;
 mod shared;
 
@@ -41,6 +42,7 @@ enum Sub {
     Inspect(files::InspectArgs),
     Perplexity(files::PerplexityArgs),
     Bench(bench::BenchArgs),
+    KvEval(kv_eval::KvEvalArgs),
     Quantize(files::QuantizeArgs),
 }
 
@@ -55,6 +57,7 @@ pub fn parse() -> Result<Command> {
         Sub::Inspect(a) => Command::Inspect(a.resolve()?),
         Sub::Perplexity(a) => Command::Perplexity(a.resolve()?),
         Sub::Bench(a) => Command::Bench(a.resolve()?),
+        Sub::KvEval(a) => Command::KvEval(a.resolve()?),
         Sub::Quantize(a) => Command::Quantize(a.resolve()?),
     })
 }

@@ -46,13 +46,20 @@ pub fn cores() -> usize {
 
 /// The element types of the KV cache.
 #[derive(Args)]
-pub struct CacheArgs {
+pub struct CacheTypeArgs {
     /// Cache type of keys (or of MLA's latent): f32, f16, bf16, q8_0 ... (-ctk)
     #[arg(long = "cache-type-k", value_name = "TYPE", value_parser = parse_cache_type)]
     k: Option<DType>,
     /// Cache type of values (-ctv)
     #[arg(long = "cache-type-v", value_name = "TYPE", value_parser = parse_cache_type)]
     v: Option<DType>,
+}
+
+/// The KV cache: element types and policy.
+#[derive(Args)]
+pub struct CacheArgs {
+    #[command(flatten)]
+    types: CacheTypeArgs,
     #[command(flatten)]
     kv: KvArg,
 }
@@ -65,10 +72,16 @@ pub struct KvArg {
     pub kv: KvSpec,
 }
 
-impl CacheArgs {
+impl CacheTypeArgs {
     pub fn session(&self, ctx: Option<usize>, batch: usize, default: DType) -> SessionConfig {
         let (cache_k, cache_v) = (self.k.unwrap_or(default), self.v.unwrap_or(default));
-        SessionConfig { ctx, batch, cache_k, cache_v, kv: self.kv.kv.clone() }
+        SessionConfig { ctx, batch, cache_k, cache_v, kv: KvSpec::default() }
+    }
+}
+
+impl CacheArgs {
+    pub fn session(&self, ctx: Option<usize>, batch: usize, default: DType) -> SessionConfig {
+        SessionConfig { kv: self.kv.kv.clone(), ..self.types.session(ctx, batch, default) }
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod inspect;
 mod kld;
+pub mod kv_eval;
 pub mod logits;
 pub mod perplexity;
 pub mod quantize;
@@ -19,6 +20,7 @@ pub enum Command {
     Inspect(inspect::Config),
     Perplexity(perplexity::Config),
     Bench(bench::Config),
+    KvEval(kv_eval::Config),
     Quantize(quantize::Config),
 }
 
@@ -32,6 +34,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Inspect(c) => inspect::run(&c),
         Command::Perplexity(c) => perplexity::run(&c),
         Command::Bench(c) => bench::run(&c),
+        Command::KvEval(c) => kv_eval::run(&c),
         Command::Quantize(c) => quantize::run(&c),
     }
 }

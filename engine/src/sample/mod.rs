@@ -16,6 +16,7 @@ mod tests;
 
 pub use logprobs::{LogProbs, logprobs};
 pub use options::{SampleError, SamplerOptions};
+pub use rng::Rng;
 
 use candidates::Candidates;
 use penalties::Penalties;
