@@ -279,13 +279,24 @@ fn absorbed(
         let mut claim = areas.claim();
         let mut area = Cut(&mut claim);
         const FITS: &str = "a part and its heads";
-        let factors = area.take(pieces * lanes, "").expect(FITS);
+        let mut take = || area.take(pieces * lanes, "").expect(FITS);
+        let (factors, top, inv) = (take(), take(), take());
+        factors.fill(0.0);
+        let mut row = usize::MAX;
         for j in jobs.iter().filter(|j| counted.contains(&j.row)) {
-            let row = jobs_of(jobs, j.row);
-            for (h, factor) in factors.iter_mut().enumerate() {
-                let at = |j: &Job| j.at + h / lanes * piece + lanes * latent + h % lanes;
-                *factor =
-                    if h < heads { factor_of(row, j, |j| (store[at(j)], store[at(j) + lanes])) } else { 0.0 };
+            // A part's maximum of head h; its sum of weights lies `lanes` later.
+            let at = |j: &Job, h: usize| j.at + h / lanes * piece + lanes * latent + h % lanes;
+            if row != j.row {
+                row = j.row;
+                for h in 0..heads {
+                    let states =
+                        || jobs_of(jobs, row).iter().map(|j| (store[at(j, h)], store[at(j, h) + lanes]));
+                    top[h] = states().fold(f32::NEG_INFINITY, |top, s| top.max(s.0));
+                    inv[h] = 1.0 / states().map(|s| pow2(s.0 - top[h]) * s.1).sum::<f32>();
+                }
+            }
+            for h in 0..heads {
+                factors[h] = pow2(store[at(j, h)] - top[h]) * inv[h];
             }
             let list = j.list(m.visible);
             let sums = &mut area.0[..padded(list.len())];
@@ -296,13 +307,6 @@ fn absorbed(
             unsafe { mass::add_list(mass, 0, m.visible.row(j.row), list, sums) };
         }
     })
-}
-
-/// What makes the weights of part `j` of a row probabilities; `state` gives a part's maximum and sum.
-fn factor_of(row: &[Job], j: &Job, state: impl Fn(&Job) -> (f32, f32)) -> f32 {
-    let top = row.iter().map(|j| state(j).0).fold(f32::NEG_INFINITY, f32::max);
-    let total: f32 = row.iter().map(|j| pow2(state(j).0 - top) * state(j).1).sum();
-    pow2(state(j).0 - top) * (1.0 / total)
 }
 
 /// The blocks of a job's list: first slot, length, whether they are sinks.
