@@ -52,7 +52,7 @@ def knorm(layer):
 
 
 def keydiff(layer):
-    """arXiv:2504.15364, equation 3: negative cosine to the mean of normalised keys."""
+    """arXiv:2504.15364: negative cosine to the mean of normalised keys."""
     unit = layer.stored / np.linalg.norm(layer.stored, axis=-1, keepdims=True)
     anchor = unit.mean(1, keepdims=True)
     return -(unit * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)
@@ -69,7 +69,7 @@ def h2o(layer):
 
 
 def snapkv(layer, window, kernel, pool):
-    """arXiv:2404.14469, listing 1: votes of the window's queries for what lies before it, pooled along the sequence."""
+    """arXiv:2404.14469: votes of the window's queries for what lies before it, pooled along the sequence."""
     votes = layer.by_kv_head(layer.attention()[:, -window:, :-window].sum(1))
     half = kernel // 2
     padded = np.pad(votes, ((0, 0), (half, half)), constant_values=-np.inf if pool == "max" else 0)
@@ -91,7 +91,7 @@ def rotation(rotary, width, position):
 
 
 def expected(layer, queries, future, sinks=4, covariance=True, values=True, epsilon=0.0):
-    """arXiv:2510.00636, equations 7 to 10: a normal distribution of unrotated queries under the mean future rotation."""
+    """arXiv:2510.00636: a normal distribution of unrotated queries under the mean future rotation."""
     width, n = layer.keys.shape[-1], layer.n
     rotary = layer.g["rotary"]
     mean_rotation = np.mean([rotation(rotary, width, n + t) for t in range(future)], 0)

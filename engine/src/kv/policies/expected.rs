@@ -7,9 +7,9 @@
 //! value's norm. Parameters: `queries`, 128: latest ones the estimate is made of; `future`, 512; `sinks`, 4: first positions
 //! that stay and are left out of the estimate; `covariance`, yes; `values`, yes: weigh by the value's norm; `epsilon`, 0.
 //!
-//! Deviations: the estimate is made of the latest queries (the paper does so while decoding; of all of the prompt's at its
-//! end). The norm is the value's, not that of its output projection (so does NVIDIA's kvpress). On MLA queries are absorbed, keys
-//! are latent and rotary key together, and the latent's norm stands for the values'.
+//! Deviations: the estimate is made of the latest queries only, where NVIDIA's kvpress takes all of the prompt's. The norm is the
+//! value's, not that of its output projection (as in kvpress). On MLA queries are absorbed, keys are latent and rotary key
+//! together, and the latent's norm stands for the values'.
 //!
 //! Evicts at the prompt's end; with `evict=both` also while decoding. An eviction costs entries x queries x heads x key
 //! dimensions multiply-adds per layer (docs/performance.md): `queries` sets it.

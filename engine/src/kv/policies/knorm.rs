@@ -4,8 +4,8 @@
 //! Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430. Score: -||k||.
 //! Parameters: none.
 //!
-//! On MLA the key is the latent: its norm stands for that of the keys made from it. Deviation: the paper leaves the first two
-//! layers uncompressed; `per-layer:0-1=100%(knorm:...)` says that.
+//! On MLA the key is the latent: its norm stands for that of the keys made from it. Every layer is treated alike;
+//! `per-layer:0-1=100%(knorm:...)` spares the first two.
 
 use crate::kv::policy::{KvPolicy, LayerView, Needs, PolicyInfo, norm};
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 //!
 //! - `pyramid`: budgets fall linearly from the first layer to the last, their sum unchanged. Idea: attention is spread in low
 //!   layers and gathers on few tokens in high ones. Source: PyramidKV, arXiv:2406.02069. Parameters: `beta`, 20: the last
-//!   layer gets 1/beta of the mean; `recent`, 8: entries that every layer gets beforehand (the paper's alpha).
+//!   layer gets 1/beta of the mean; `recent`, 8: entries that every layer gets beforehand (the window that SnapKV would keep).
 //!   Deviation: what the first layer cannot use, because the context is shorter than its budget, goes to the last ones.
 //! - `per-layer:0-1=100%,2=512(...)`: budgets by rank of the layer; the others keep the policy's.
 //! - `keep-prompt(...)`: the prompt stays, within the budget; `keep-first:16(...)`: the first positions stay.
