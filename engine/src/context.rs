@@ -2,9 +2,11 @@
 //! logits are the same bits alone or beside others. [`crate::Session`] is one sequence on a context of its own.
 
 use crate::EngineError;
-use crate::kv::{Arena, ArenaOptions, CacheTypes, KvPlan, KvSpec, Reach, Rows, SeqId};
+use crate::kv::{Arena, ArenaOptions, CacheTypes, KvPlan, KvSpec, LayerSpec, Origin, Rows, SeqId};
 use crate::model::Runner;
 use crate::session::{Model, SessionOptions};
+use kernels::Limits;
+use std::path::Path;
 use std::sync::Arc;
 
 /// See the module.
@@ -24,16 +26,15 @@ impl Context {
     /// # Errors
     /// Impossible sizes or cache types, or memory that cannot be had.
     pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
-        let options = arena_options(o, sequences)?;
         let (net, dev) = (model.network(), model.device());
         let specs = net.cache_specs();
+        let options = arena_options(o, &specs, sequences)?;
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
-        let (batch, sinks) = (options.chunk, options.keep.sinks > 0);
-        let seen = options.seen(&specs);
+        let (batch, seen, (sinks, mass)) = (options.chunk, options.most_seen(&specs), options.extras());
         let arena = Arena::new(dev, &specs, types, options)?;
         // Even with short batches, one token of every sequence fits a pass.
         let rows = batch.max(sequences);
-        dev.reserve(&net.limits(rows, seen))?;
+        dev.reserve(&Limits { mass, ..net.limits(rows, seen) })?;
         let runner = net.clone().runner(dev, rows, sinks)?;
         Ok(Self { model: model.clone(), runner, arena, policy: o.kv.clone(), batch, rows, ids: Vec::new() })
     }
@@ -87,7 +88,8 @@ impl Context {
     /// Appends the rows' tokens to their sequences, all in one pass.
     ///
     /// # Errors
-    /// As [`Context::check`], and too many rows; then nothing has changed.
+    /// As [`Context::check`], and too many rows; then nothing has changed. What a policy reports that had to evict; it has
+    /// evicted nothing then, and all sequences stay usable.
     pub fn forward(&mut self, rows: &[Rows<'_>]) -> Result<(), EngineError> {
         self.ids.clear();
         for r in rows {
@@ -101,10 +103,32 @@ impl Context {
                 self.rows
             )));
         }
-        self.arena.begin(self.model.device(), rows)?;
+        self.arena.begin(rows)?;
         self.runner.forward(&self.ids, &mut self.arena)?;
-        self.arena.commit();
-        Ok(())
+        self.arena.commit()
+    }
+
+    fn origin<'a>(&self, kv: &'a str) -> Origin<'a> {
+        Origin { model: self.model.fingerprint(), kv, n_vocab: self.model.info().n_vocab }
+    }
+
+    /// Writes a sequence to a new file: tokens, positions and what its cache holds, so that it can go on with the same bits.
+    ///
+    /// # Errors
+    /// [`EngineError::CacheFile`] if the file cannot be written, [`EngineError::NoSequence`].
+    pub fn save(&self, seq: SeqId, path: &Path) -> Result<(), EngineError> {
+        self.arena.save(seq, &self.origin(&self.policy.to_string()), path)
+    }
+
+    /// Puts what [`Context::save`] wrote in place of the sequence `seq`.
+    ///
+    /// # Errors
+    /// [`EngineError::CacheFile`]: a file that is damaged, of another version, model or cache configuration; the sequence is
+    /// untouched then. Should the disk fail after all checks, the sequence is empty.
+    pub fn load(&mut self, seq: SeqId, path: &Path) -> Result<(), EngineError> {
+        let kv = self.policy.to_string();
+        let origin = self.origin(&kv);
+        self.arena.load(seq, &origin, path)
     }
 
     /// Appends the logits `[rows.len(), vocab]` of the given rows of the last pass to `out`.
@@ -120,15 +144,18 @@ impl Context {
 ///
 /// # Errors
 /// A configuration that does not fit the context.
-pub fn arena_options(o: &SessionOptions, sequences: usize) -> Result<ArenaOptions, EngineError> {
-    let keep = match o.kv.plan(o.ctx, &[])? {
-        KvPlan::Full => Reach { sinks: 0, window: None },
-        KvPlan::Ring { sinks, window } => Reach { sinks, window: Some(window) },
-        KvPlan::Set(_) => {
-            let why = format!("--kv {}: policies that choose are not executed yet", o.kv);
-            return Err(EngineError::Option(why));
-        }
-    };
-    let chunk = if keep.window.is_some() { o.batch } else { o.batch.min(o.ctx) };
+pub(crate) fn arena_options(
+    o: &SessionOptions,
+    specs: &[LayerSpec],
+    sequences: usize,
+) -> Result<ArenaOptions, EngineError> {
+    let chosen: Vec<_> = specs.iter().filter(|s| s.window.is_none()).map(|s| s.geometry.clone()).collect();
+    let keep = o.kv.plan(o.ctx, &chosen)?;
+    if matches!(keep, KvPlan::Set(_)) && chosen.is_empty() {
+        let why =
+            format!("--kv {}: all layers of this model have local attention, nothing can be chosen", o.kv);
+        return Err(EngineError::Option(why));
+    }
+    let chunk = if matches!(keep, KvPlan::Full) { o.batch.min(o.ctx) } else { o.batch };
     Ok(ArenaOptions { ctx: o.ctx, chunk, sequences, keep })
 }

@@ -68,6 +68,14 @@ pub enum EngineError {
     /// A sequence that was freed, or is of another cache.
     #[error("there is no such sequence in this cache: it was freed")]
     NoSequence,
+    /// A saved cache that cannot be used, or cannot be written.
+    #[error("{path}: {why}")]
+    CacheFile {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// An option with an impossible value.
     #[error("{0}")]
     Option(String),

@@ -19,7 +19,7 @@ mod weights;
 pub use context::Context;
 pub use error::EngineError;
 pub use kernels::cpu::machine::read_bandwidth;
-pub use kv::{Arena, ArenaOptions, CacheTypes, KvSpec, Reach, Rows, SeqId};
+pub use kv::{Arena, ArenaOptions, CacheTypes, KvSpec, Rows, SeqId};
 pub use quant::DType;
 pub use sample::{SampleError, Sampler, SamplerOptions};
 pub use session::*;

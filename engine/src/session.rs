@@ -18,13 +18,14 @@
 use crate::EngineError;
 use crate::context::{Context, arena_options};
 use crate::gguf::{File, OpenMode};
-use crate::kv::{CacheTypes, KvSpec, Rows, SeqId};
+use crate::kv::{CacheTypes, KvSpec, Rows, SeqId, Watcher};
 use crate::model::{self, Network};
 use crate::sample::Sampler;
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
 use kernels::Device;
 use kernels::cpu::CpuBackend;
 use quant::DType;
+use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -145,19 +146,32 @@ impl Model {
         &self.device
     }
 
+    /// What tells this model from others: its architecture, its tensors' names, shapes and types, and the first bytes of each.
+    pub(crate) fn fingerprint(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(&self.info.arch);
+        for t in self.file.tensors() {
+            hash.update(format!("\n{} {:?} {:?} ", t.name, t.dims, t.dtype));
+            let bytes = self.file.bytes(t);
+            hash.update(&bytes[..bytes.len().min(256)]);
+        }
+        hash.finalize().into()
+    }
+
     /// Bytes of cache that a token decoded after `depth` others reads.
     pub fn read_bytes(&self, o: &SessionOptions, depth: usize) -> Result<usize, EngineError> {
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
-        let seen = |w: Option<usize>| w.map_or(depth, |w| w.min(depth));
-        let reach = arena_options(o, 1)?.keep;
-        let keep = seen(reach.window.map(|w| w + reach.sinks));
-        self.network.cache_specs().iter().map(|s| types.bytes(s, seen(s.window).min(keep))).sum()
+        let specs = self.network.cache_specs();
+        let options = arena_options(o, &specs, 1)?;
+        let seen = |l: usize| options.seen(&specs, l, depth);
+        specs.iter().enumerate().map(|(l, s)| types.bytes(s, seen(l))).sum()
     }
 
     /// Bytes of the cache of `sequences` sequences of these options.
     pub fn cache_bytes(&self, o: &SessionOptions, sequences: usize) -> Result<usize, EngineError> {
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
-        arena_options(o, sequences)?.bytes(&self.network.cache_specs(), types)
+        let specs = self.network.cache_specs();
+        arena_options(o, &specs, sequences)?.bytes(&specs, types)
     }
 }
 
@@ -344,6 +358,27 @@ impl Session {
         self.context.cache_mut().free(self.seq)?;
         self.seq = self.context.cache_mut().admit(position)?;
         Ok(())
+    }
+
+    /// Writes the sequence to a new file; see [`Context::save`].
+    ///
+    /// # Errors
+    /// [`EngineError::CacheFile`].
+    pub fn save(&self, path: &Path) -> Result<(), EngineError> {
+        self.context.save(self.seq, path)
+    }
+
+    /// Goes on with a sequence that [`Session::save`] wrote; see [`Context::load`].
+    ///
+    /// # Errors
+    /// [`EngineError::CacheFile`]; the session is as it was.
+    pub fn load(&mut self, path: &Path) -> Result<(), EngineError> {
+        self.context.load(self.seq, path)
+    }
+
+    /// Has `watcher` told of every eviction that a policy makes from now on.
+    pub fn watch(&mut self, watcher: Option<Watcher>) {
+        self.context.cache_mut().watch(watcher);
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {

@@ -1,5 +1,6 @@
 //! What a layer's cache must hold, and as which types. Knows widths; nothing of slots.
 
+use super::policy::LayerGeometry;
 use crate::EngineError;
 use kernels::KvBuf;
 use quant::DType;
@@ -14,7 +15,7 @@ pub enum SecondKind {
 }
 
 /// A layer's cache geometry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     /// Width of the keys (all kv heads), or of MLA's latent.
     pub first: usize,
@@ -24,6 +25,8 @@ pub struct LayerSpec {
     pub second_kind: SecondKind,
     /// Local attention: a query sees this many latest positions, itself included.
     pub window: Option<usize>,
+    /// What policies are told of it.
+    pub geometry: LayerGeometry,
 }
 
 /// Element types of the cache.

@@ -27,15 +27,14 @@ impl Reach {
         ring.into_iter().chain(all).min().expect("an endless sequence has a window")
     }
 
-    /// Entries that a query sees at most.
-    pub fn seen(&self, end: Option<usize>) -> usize {
-        let ring = self.window.map(|w| self.sinks + w);
-        ring.into_iter().chain(end).min().expect("an endless sequence has a window")
-    }
-
     /// The index from which on sinks look nearer than they are: S + W - 1, where there are sinks.
     pub fn far(&self) -> Option<u64> {
         self.window.filter(|_| self.sinks > 0).map(|w| (self.sinks + w - 1) as u64)
+    }
+
+    /// The indices of a sequence of `len` tokens that a query at `len` can see: sinks, then the window.
+    pub fn kept(&self, len: usize) -> impl Iterator<Item = usize> + use<> {
+        (0..len.min(self.sinks)).chain(self.oldest(len).min(len)..len)
     }
 
     /// The oldest index outside the sinks that a query at `t` sees.
@@ -143,6 +142,18 @@ impl Ring {
         if self.blocks.is_empty() {
             self.gone = len.saturating_sub(r.sinks) / BLOCK;
         }
+    }
+
+    /// Blocks for what [`Reach::kept`] names of a sequence of `len` tokens.
+    pub fn restore(r: &Reach, pool: &mut Pool, len: usize) -> Self {
+        let mut ring = Self { gone: (r.oldest(len) - r.sinks) / BLOCK, ..Self::default() };
+        while ring.sinks.len() * BLOCK < len.min(r.sinks) {
+            ring.sinks.push(pool.take(ring.sinks.last().copied()));
+        }
+        while (ring.gone + ring.blocks.len()) * BLOCK < len.saturating_sub(r.sinks) {
+            ring.blocks.push_back(pool.take(ring.blocks.back().copied()));
+        }
+        ring
     }
 
     /// A second holder of the same blocks.

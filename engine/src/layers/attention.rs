@@ -3,8 +3,9 @@
 
 use crate::EngineError;
 use crate::config::Hyper;
+use crate::kv::policy::{AttentionKind, LayerGeometry, Rotary};
 use crate::kv::{Arena, LayerSpec, SecondKind};
-use crate::layers::rope::Angles;
+use crate::layers::rope::{Angles, Rope};
 use crate::weights::Loader;
 use kernels::{Attention, Buf, Device, Product, RopeHeads, RopeStyle, Vector, View, Weight, Write};
 
@@ -55,9 +56,26 @@ impl Shape {
         Ok(Self { d, heads, kv_heads, key, value, rope_dims, style, scale })
     }
 
-    /// The cache a layer needs.
-    pub fn cache(&self, window: Option<usize>) -> LayerSpec {
+    /// The cache that layer `layer` of `n_layers` needs.
+    pub fn cache(&self, window: Option<usize>, rope: &Rope, (layer, n_layers): (usize, usize)) -> LayerSpec {
         LayerSpec {
+            geometry: LayerGeometry {
+                layer,
+                n_layers,
+                kind: AttentionKind::Gqa,
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                key: self.key,
+                k_pe: 0,
+                value: self.value,
+                scale: self.scale,
+                rotary: Rotary {
+                    start: 0,
+                    freqs: rope.freqs().into(),
+                    adjacent: self.style == RopeStyle::Adjacent,
+                },
+                records_queries: true,
+            },
             first: self.kv_heads * self.key,
             second: self.kv_heads * self.value,
             second_kind: SecondKind::Values,
@@ -162,18 +180,21 @@ impl Gqa {
         }
         dev.rope(b.q.view_mut(n), heads, angles.own)?;
         dev.rope(b.k.view_mut(n), heads, angles.own)?;
-        let (kv, visible) = cache.append(dev, layer, b.k.view(n), b.v.view(n))?;
+        if cache.wants_queries(layer) {
+            cache.record_queries(layer, b.q.view(n))?;
+        }
+        let stored = cache.append(dev, layer, b.k.view(n), b.v.view(n))?;
         let attention = Attention {
             heads: s.heads,
             kv_heads: s.kv_heads,
             scale: s.scale,
             q: b.q.view(n),
             q_sink,
-            k: &kv.first,
-            v: &kv.second,
-            visible,
+            k: stored.first,
+            v: stored.second,
+            visible: stored.visible,
         };
-        dev.attention(attention, b.o.view_mut(n))?;
+        stored.attend(|mass| dev.attention_mass(attention, b.o.view_mut(n), mass))?;
         dev.matmul(b.o.view(n), &mut [product(&self.o, out, write)])?;
         Ok(())
     }

@@ -2,8 +2,9 @@
 //! latent and one rotated key shared by all heads; keys and values of heads are never stored.
 
 use crate::EngineError;
+use crate::kv::policy::{AttentionKind, LayerGeometry, Rotary};
 use crate::kv::{Arena, LayerSpec, SecondKind};
-use crate::layers::rope::Angles;
+use crate::layers::rope::{Angles, Rope};
 use crate::weights::Loader;
 use kernels::{Buf, Device, Mla as MlaOp, MlaUp, RopeHeads, RopeStyle, Vector, View, ViewMut, Weight, Write};
 
@@ -31,9 +32,22 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The cache a layer needs.
-    pub fn cache(&self) -> LayerSpec {
+    /// The cache that layer `layer` of `n_layers` needs.
+    pub fn cache(&self, rope: &Rope, (layer, n_layers): (usize, usize)) -> LayerSpec {
         LayerSpec {
+            geometry: LayerGeometry {
+                layer,
+                n_layers,
+                kind: AttentionKind::Mla,
+                heads: self.heads,
+                kv_heads: 1,
+                key: self.latent,
+                k_pe: self.rope,
+                value: 0,
+                scale: self.scale,
+                rotary: Rotary { start: self.latent, freqs: rope.freqs().into(), adjacent: true },
+                records_queries: false,
+            },
             first: self.latent,
             second: self.rope,
             second_kind: SecondKind::SharedRotaryKey,
@@ -166,7 +180,7 @@ impl Mla {
         let k_pe = s.latent..s.latent + s.rope;
         let k_head = RopeHeads { head_dim: s.rope, offset: 0, dims: s.rope, style: RopeStyle::Adjacent };
         dev.rope(b.kv.part_mut(n, k_pe.clone()), k_head, angles.own)?;
-        let (kv, visible) = cache.append(dev, layer, b.c.view(n), b.kv.part(n, k_pe))?;
+        let stored = cache.append(dev, layer, b.c.view(n), b.kv.part(n, k_pe))?;
         let op = MlaOp {
             heads: s.heads,
             nope: s.nope,
@@ -175,15 +189,15 @@ impl Mla {
             scale: s.scale,
             q: b.q.view(n),
             q_sink,
-            latent: &kv.first,
-            k_pe: &kv.second,
+            latent: stored.first,
+            k_pe: stored.second,
             up: match &self.up {
                 Up::Split { k_b, v_b } => MlaUp::Split { k_b, v_b },
                 Up::Joint { kv_b } => MlaUp::Joint { kv_b },
             },
-            visible,
+            visible: stored.visible,
         };
-        dev.mla(op, b.o.view_mut(n))?;
+        stored.attend(|mass| dev.mla_mass(op, b.o.view_mut(n), mass))?;
         dev.linear(&self.o, b.o.view(n), out, Write::Add)?;
         Ok(())
     }

@@ -93,6 +93,11 @@ impl Rope {
         Self { magnitude, ..self }
     }
 
+    /// Radians per position, `[dims / 2]`.
+    pub fn freqs(&self) -> &[f64] {
+        &self.freqs
+    }
+
     /// Rotated dimensions.
     pub fn dims(&self) -> usize {
         self.freqs.len() * 2
@@ -115,7 +120,7 @@ impl Rope {
 
 /// Cosine and sine of p f. What rounding takes off the product is given back, so that the difference of two positions counts
 /// alike wherever they lie.
-fn turn(p: u64, f: f64) -> (f64, f64) {
+pub(crate) fn turn(p: u64, f: f64) -> (f64, f64) {
     let angle = p as f64 * f;
     let (sin, cos) = angle.sin_cos();
     // Below, the rest is under 2^-32 and no f32 shows it.

@@ -152,7 +152,8 @@ impl Network for DeepSeek2 {
     }
 
     fn cache_specs(&self) -> Vec<LayerSpec> {
-        vec![self.attn.cache(); self.layers.len()]
+        let n = self.layers.len();
+        (0..n).map(|l| self.attn.cache(&self.rope, (l, n))).collect()
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {

@@ -98,7 +98,12 @@ impl Network for Gemma3 {
     }
 
     fn cache_specs(&self) -> Vec<LayerSpec> {
-        self.layers.iter().map(|l| self.attn.cache(if l.global { None } else { self.window })).collect()
+        let n = self.layers.len();
+        let spec = |(i, l): (usize, &Layer)| match l.global {
+            true => self.attn.cache(None, &self.global_rope, (i, n)),
+            false => self.attn.cache(self.window, &self.local_rope, (i, n)),
+        };
+        self.layers.iter().enumerate().map(spec).collect()
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {

@@ -78,7 +78,8 @@ impl Network for Llama {
     }
 
     fn cache_specs(&self) -> Vec<LayerSpec> {
-        vec![self.attn.cache(self.window); self.layers.len()]
+        let n = self.layers.len();
+        (0..n).map(|l| self.attn.cache(self.window, &self.rope, (l, n))).collect()
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {

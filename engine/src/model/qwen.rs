@@ -102,7 +102,8 @@ impl Network for Qwen {
     }
 
     fn cache_specs(&self) -> Vec<LayerSpec> {
-        vec![self.attn.cache(None); self.layers.len()]
+        let n = self.layers.len();
+        (0..n).map(|l| self.attn.cache(None, &self.rope, (l, n))).collect()
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {
