@@ -34,6 +34,7 @@ pub struct SessionConfig {
     pub batch: usize,
     pub cache_k: DType,
     pub cache_v: DType,
+    pub cache_k_pe: Option<DType>,
     pub kv: KvSpec,
 }
 
@@ -111,8 +112,8 @@ impl SessionConfig {
 
     /// The engine's options for a context of `ctx` entries.
     pub fn options(&self, ctx: usize) -> SessionOptions {
-        let Self { batch, cache_k, cache_v, ref kv, .. } = *self;
-        SessionOptions { ctx, batch, cache_k, cache_v, kv: kv.clone(), ..SessionOptions::default() }
+        let Self { batch, cache_k, cache_v, cache_k_pe, ref kv, .. } = *self;
+        SessionOptions { ctx, batch, cache_k, cache_v, cache_k_pe, kv: kv.clone() }
     }
 
     /// Opens a session with `ctx` entries.

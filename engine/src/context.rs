@@ -30,12 +30,12 @@ impl Context {
         let specs = net.cache_specs();
         let options = arena_options(o, &specs, sequences)?;
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
-        let (batch, seen, (sinks, mass)) = (options.chunk, options.most_seen(&specs), options.extras());
+        let (batch, seen, (extras, mass)) = (options.chunk, options.most_seen(&specs), options.extras());
         let arena = Arena::new(dev, &specs, types, options)?;
         // Even with short batches, one token of every sequence fits a pass.
         let rows = batch.max(sequences);
         dev.reserve(&Limits { mass, ..net.limits(rows, seen) })?;
-        let runner = net.clone().runner(dev, rows, sinks)?;
+        let runner = net.clone().runner(dev, rows, extras)?;
         Ok(Self { model: model.clone(), runner, arena, policy: o.kv.clone(), batch, rows, ids: Vec::new() })
     }
 

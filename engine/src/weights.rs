@@ -61,6 +61,13 @@ impl<'a> Loader<'a> {
         self.load(name, count, rows, cols)
     }
 
+    /// The same as one matrix `[count * rows, cols]`, of which rows can be taken.
+    pub fn stacked(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
+        self.load(name, count, rows, cols)?;
+        let t = self.file.tensor(name).ok_or_else(|| EngineError::MissingTensor(name.into()))?;
+        Ok(self.device.upload(Weight::host(t.dtype, 1, count * rows, cols, self.file.bytes(t))?)?)
+    }
+
     /// A vector, widened to f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vector, EngineError> {
         Ok(Vector::new(self.values(name, len)?))

@@ -53,6 +53,9 @@ pub struct CacheTypeArgs {
     /// Cache type of values (-ctv)
     #[arg(long = "cache-type-v", value_name = "TYPE", value_parser = parse_cache_type)]
     v: Option<DType>,
+    /// Cache type of MLA's rotary key [default: that of keys, but not below f16: it carries the positions]
+    #[arg(long = "cache-type-k-pe", value_name = "TYPE", value_parser = parse_cache_type)]
+    k_pe: Option<DType>,
 }
 
 /// The KV cache: element types and policy.
@@ -75,7 +78,7 @@ pub struct KvArg {
 impl CacheTypeArgs {
     pub fn session(&self, ctx: Option<usize>, batch: usize, default: DType) -> SessionConfig {
         let (cache_k, cache_v) = (self.k.unwrap_or(default), self.v.unwrap_or(default));
-        SessionConfig { ctx, batch, cache_k, cache_v, kv: KvSpec::default() }
+        SessionConfig { ctx, batch, cache_k, cache_v, cache_k_pe: self.k_pe, kv: KvSpec::default() }
     }
 }
 

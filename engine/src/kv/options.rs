@@ -6,6 +6,7 @@ use super::ring::Reach;
 use super::set::SetShape;
 use super::spec::{KvPlan, Positions};
 use crate::EngineError;
+use crate::model::Extras;
 
 /// How large a cache is and what it keeps.
 #[derive(Clone, Debug)]
@@ -152,12 +153,15 @@ impl ArenaOptions {
         Ok(sum)
     }
 
-    /// Whether any query looks at sinks, and whether attention mass is recorded.
-    pub(crate) fn extras(&self) -> (bool, bool) {
+    /// What it asks of forward passes, and whether attention mass is recorded.
+    pub(crate) fn extras(&self) -> (Extras, bool) {
         match &self.keep {
-            KvPlan::Full => (false, false),
-            KvPlan::Ring { sinks, .. } => (*sinks > 0, false),
-            KvPlan::Set(p) => (false, p.needs.mass_total || p.needs.mass_recent > 0),
+            KvPlan::Full => (Extras::default(), false),
+            KvPlan::Ring { sinks, .. } => (Extras { sinks: *sinks > 0, queries: false }, false),
+            KvPlan::Set(p) => {
+                let mass = p.needs.mass_total || p.needs.mass_recent > 0;
+                (Extras { sinks: false, queries: p.needs.queries > 0 }, mass)
+            }
         }
     }
 }

@@ -52,6 +52,8 @@ pub struct Ring {
     blocks: VecDeque<u32>,
     /// Blocks gone.
     gone: usize,
+    /// Entries before this one, counted from S, are not there although their block may be: they were not in a file.
+    valid: usize,
 }
 
 impl Ring {
@@ -130,7 +132,7 @@ impl Ring {
     /// How many of the first `want` tokens can be kept when the rest of `len` is forgotten: `want`, or fewer where entries
     /// are gone that the next query would see.
     pub fn usable(&self, r: &Reach, want: usize) -> usize {
-        if r.oldest(want) - r.sinks >= self.gone * BLOCK { want } else { want.min(r.sinks) }
+        if r.oldest(want) - r.sinks >= self.valid.max(self.gone * BLOCK) { want } else { want.min(r.sinks) }
     }
 
     /// Forgets all but the first `len` tokens, which [`Ring::usable`] allowed.
@@ -142,11 +144,15 @@ impl Ring {
         if self.blocks.is_empty() {
             self.gone = len.saturating_sub(r.sinks) / BLOCK;
         }
+        if len <= r.sinks {
+            self.valid = 0;
+        }
     }
 
     /// Blocks for what [`Reach::kept`] names of a sequence of `len` tokens.
     pub fn restore(r: &Reach, pool: &mut Pool, len: usize) -> Self {
-        let mut ring = Self { gone: (r.oldest(len) - r.sinks) / BLOCK, ..Self::default() };
+        let valid = r.oldest(len) - r.sinks;
+        let mut ring = Self { gone: valid / BLOCK, valid, ..Self::default() };
         while ring.sinks.len() * BLOCK < len.min(r.sinks) {
             ring.sinks.push(pool.take(ring.sinks.last().copied()));
         }
@@ -159,7 +165,7 @@ impl Ring {
     /// A second holder of the same blocks.
     pub fn fork(&self, pool: &mut Pool) -> Self {
         self.sinks.iter().chain(&self.blocks).for_each(|&b| pool.share(b));
-        Self { sinks: self.sinks.clone(), blocks: self.blocks.clone(), gone: self.gone }
+        Self { sinks: self.sinks.clone(), blocks: self.blocks.clone(), ..*self }
     }
 }
 

@@ -5,6 +5,7 @@ use crate::EngineError;
 use crate::kv::policy::{AttentionKind, LayerGeometry, Rotary};
 use crate::kv::{Arena, LayerSpec, SecondKind};
 use crate::layers::rope::{Angles, Rope};
+use crate::model::Extras;
 use crate::weights::Loader;
 use kernels::{Buf, Device, Mla as MlaOp, MlaUp, RopeHeads, RopeStyle, Vector, View, ViewMut, Weight, Write};
 
@@ -46,7 +47,7 @@ impl Shape {
                 value: 0,
                 scale: self.scale,
                 rotary: Rotary { start: self.latent, freqs: rope.freqs().into(), adjacent: true },
-                records_queries: false,
+                records_queries: true,
             },
             first: self.latent,
             second: self.rope,
@@ -62,8 +63,15 @@ enum Query {
 }
 
 enum Up {
-    Split { k_b: Weight, v_b: Weight },
-    Joint { kv_b: Weight },
+    /// The heads' `[latent, nope]` of `k_b` once more, one by one.
+    Split {
+        k_b: Weight,
+        v_b: Weight,
+        k_heads: Vec<Weight>,
+    },
+    Joint {
+        kv_b: Weight,
+    },
 }
 
 /// Weights of one layer.
@@ -83,6 +91,9 @@ pub struct MlaBufs {
     q: Buf,
     /// The same, rotated to look at sinks.
     q_sink: Option<Buf>,
+    /// `[n, heads * (latent + rope)]`, queries in the coordinates of what is cached, and `[nope, latent]`, a head's weights:
+    /// only for policies that ask for queries.
+    absorbed: Option<(Buf, Buf)>,
     /// `[n, latent + rope]`: the latent and the shared key as projected.
     kv: Buf,
     /// `[n, latent]`: the latent, normalised.
@@ -92,8 +103,8 @@ pub struct MlaBufs {
 }
 
 impl MlaBufs {
-    /// Buffers for `n` rows; `sinks`: the cache may have some.
-    pub fn new(dev: &Device, s: &Shape, n: usize, sinks: bool) -> Result<Self, EngineError> {
+    /// Buffers for `n` rows.
+    pub fn new(dev: &Device, s: &Shape, n: usize, x: Extras) -> Result<Self, EngineError> {
         let heads = s.heads * (s.nope + s.rope);
         let qa = match s.q_lora {
             Some(r) => Some((dev.alloc(n, r)?, dev.alloc(n, r)?)),
@@ -102,7 +113,11 @@ impl MlaBufs {
         Ok(Self {
             qa,
             q: dev.alloc(n, heads)?,
-            q_sink: if sinks { Some(dev.alloc(n, heads)?) } else { None },
+            q_sink: if x.sinks { Some(dev.alloc(n, heads)?) } else { None },
+            absorbed: match x.queries {
+                true => Some((dev.alloc(n, s.heads * (s.latent + s.rope))?, dev.alloc(s.nope, s.latent)?)),
+                false => None,
+            },
             kv: dev.alloc(n, s.latent + s.rope)?,
             c: dev.alloc(n, s.latent)?,
             o: dev.alloc(n, s.heads * s.value)?,
@@ -126,7 +141,9 @@ impl Mla {
         let up = if w.has(&name("attn_k_b")) {
             // Some files carry both forms; the split one needs no transposed product.
             w.ignore(&name("attn_kv_b"));
+            let all = w.stacked(&name("attn_k_b"), s.heads, s.latent, s.nope)?;
             Up::Split {
+                k_heads: (0..s.heads).map(|h| all.slice_rows(h * s.latent..(h + 1) * s.latent)).collect(),
                 k_b: w.stack(&name("attn_k_b"), s.heads, s.latent, s.nope)?,
                 v_b: w.stack(&name("attn_v_b"), s.heads, s.value, s.latent)?,
             }
@@ -140,6 +157,47 @@ impl Mla {
             up,
             o: w.matrix(&name("attn_output"), s.d, s.heads * s.value)?,
         })
+    }
+
+    /// Queries as keys are cached: per head `[W_k^b q_nope | q_pe]`, q rotated; into the first of `to`.
+    fn absorb(
+        &self,
+        dev: &Device,
+        s: &Shape,
+        q: &Buf,
+        (out, weights): &mut (Buf, Buf),
+        n: usize,
+    ) -> Result<(), EngineError> {
+        for h in 0..s.heads {
+            let (from, to) = (h * (s.nope + s.rope), h * (s.latent + s.rope));
+            let (nope, pe) = (from..from + s.nope, from + s.nope..from + s.nope + s.rope);
+            let latent = to..to + s.latent;
+            match &self.up {
+                Up::Split { k_heads, .. } => {
+                    dev.linear(&k_heads[h], q.part(n, nope), out.part_mut(n, latent), Write::Set)?;
+                }
+                Up::Joint { kv_b } => {
+                    // Stored the other way round: the sum over its rows, on the host, in f64.
+                    let first = h * (s.nope + s.value);
+                    let ids: Vec<u32> = (first as u32..(first + s.nope) as u32).collect();
+                    dev.embed(kv_b, &ids, 1.0, weights.view_mut(s.nope))?;
+                    let (mut w, mut rows) = (vec![0.0; s.nope * s.latent], vec![0.0; n * s.nope]);
+                    dev.read(weights.view(s.nope), &mut w)?;
+                    dev.read(q.part(n, nope), &mut rows)?;
+                    let mut c = Vec::with_capacity(n * s.latent);
+                    for q in rows.chunks_exact(s.nope) {
+                        let mut sum = vec![0.0f64; s.latent];
+                        for (q, w) in q.iter().zip(w.chunks_exact(s.latent)) {
+                            sum.iter_mut().zip(w).for_each(|(s, w)| *s += f64::from(*q) * f64::from(*w));
+                        }
+                        c.extend(sum.iter().map(|s| *s as f32));
+                    }
+                    dev.write(out.part_mut(n, latent), &c)?;
+                }
+            }
+            dev.copy(q.part(n, pe), out.part_mut(n, to + s.latent..to + s.latent + s.rope))?;
+        }
+        Ok(())
     }
 
     /// `out += W_o attention(h)`; h `[n, d]` is normed.
@@ -177,6 +235,10 @@ impl Mla {
             q_sink = Some(q.view(n));
         }
         dev.rope(b.q.view_mut(n), q_heads, angles.own)?;
+        if let Some(absorbed) = b.absorbed.as_mut().filter(|_| cache.wants_queries(layer)) {
+            self.absorb(dev, s, &b.q, absorbed, n)?;
+            cache.record_queries(layer, absorbed.0.view(n))?;
+        }
         let k_pe = s.latent..s.latent + s.rope;
         let k_head = RopeHeads { head_dim: s.rope, offset: 0, dims: s.rope, style: RopeStyle::Adjacent };
         dev.rope(b.kv.part_mut(n, k_pe.clone()), k_head, angles.own)?;
@@ -192,7 +254,7 @@ impl Mla {
             latent: stored.first,
             k_pe: stored.second,
             up: match &self.up {
-                Up::Split { k_b, v_b } => MlaUp::Split { k_b, v_b },
+                Up::Split { k_b, v_b, .. } => MlaUp::Split { k_b, v_b },
                 Up::Joint { kv_b } => MlaUp::Joint { kv_b },
             },
             visible: stored.visible,

@@ -1,7 +1,7 @@
 //! DeepSeek-V2, V2-Lite, V3, R1, V3.1 and models of their shape (Kimi-K2): multi-head latent attention and a mixture of
 //! experts after some dense layers (arXiv:2405.04434, arXiv:2412.19437).
 
-use super::{Dims, Network, Runner};
+use super::{Dims, Extras, Network, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -164,12 +164,12 @@ impl Network for DeepSeek2 {
         Limits { tokens, max_in, max_hidden, max_heads_out, slots, heads, mass: false }
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, sinks: bool) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
         Ok(Box::new(DeepSeek2Runner {
             x: dev.alloc(n, self.attn.d)?,
             h: dev.alloc(n, self.attn.d)?,
-            rope: RopeTable::new(dev, &self.rope, n, sinks)?,
-            attn: MlaBufs::new(dev, &self.attn, n, sinks)?,
+            rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
+            attn: MlaBufs::new(dev, &self.attn, n, x)?,
             head: self.head.bufs(dev, n)?,
             routes: Routes::default(),
             rows: 0,

@@ -1,7 +1,7 @@
 //! Gemma 3, text (arXiv:2503.19786): five local layers to one global, two rotary bases, norms before and after each
 //! sub-layer, QK norm, GeGLU, scaled embedding. The norms in the file already contain their +1.
 
-use super::{Dims, Network, Runner};
+use super::{Dims, Extras, Network, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -113,15 +113,15 @@ impl Network for Gemma3 {
         Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, sinks: bool) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
         let d = self.attn.d;
         Ok(Box::new(Gemma3Runner {
             x: dev.alloc(n, d)?,
             h: dev.alloc(n, d)?,
             y: dev.alloc(n, d)?,
-            local: RopeTable::new(dev, &self.local_rope, n, sinks)?,
-            global: RopeTable::new(dev, &self.global_rope, n, sinks)?,
-            attn: GqaBufs::new(dev, &self.attn, n, sinks)?,
+            local: RopeTable::new(dev, &self.local_rope, n, x.sinks)?,
+            global: RopeTable::new(dev, &self.global_rope, n, x.sinks)?,
+            attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
             head: self.head.bufs(dev, n)?,
             rows: 0,
             m: self,

@@ -1,6 +1,6 @@
 //! Llama 1, 2 and 3.x, and Mistral (arXiv:2302.13971, arXiv:2407.21783): pre-norm, rotary GQA, SwiGLU.
 
-use super::{Dims, Network, Runner};
+use super::{Dims, Extras, Network, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -89,12 +89,12 @@ impl Network for Llama {
         Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, sinks: bool) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
         Ok(Box::new(LlamaRunner {
             x: dev.alloc(n, self.attn.d)?,
             h: dev.alloc(n, self.attn.d)?,
-            rope: RopeTable::new(dev, &self.rope, n, sinks)?,
-            attn: GqaBufs::new(dev, &self.attn, n, sinks)?,
+            rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
+            attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
             head: self.head.bufs(dev, n)?,
             rows: 0,
             m: self,

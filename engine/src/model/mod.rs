@@ -24,6 +24,15 @@ pub struct Dims {
     pub n_vocab: usize,
 }
 
+/// What a cache asks of a forward pass besides attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// Queries may look at sinks.
+    pub sinks: bool,
+    /// Queries are recorded.
+    pub queries: bool,
+}
+
 /// A loaded network: immutable weights, shared by any number of runners.
 pub trait Network: Send + Sync {
     /// Its dimensions.
@@ -32,12 +41,12 @@ pub trait Network: Send + Sync {
     fn cache_specs(&self) -> Vec<LayerSpec>;
     /// What its operations will ask of a device, for batches of `tokens` rows over `slots` cache entries.
     fn limits(&self, tokens: usize, slots: usize) -> Limits;
-    /// A runner with buffers for batches of up to `tokens` rows; `sinks`: the cache may have some.
+    /// A runner with buffers for batches of up to `tokens` rows.
     fn runner(
         self: Arc<Self>,
         dev: &Device,
         tokens: usize,
-        sinks: bool,
+        extras: Extras,
     ) -> Result<Box<dyn Runner>, EngineError>;
 }
 

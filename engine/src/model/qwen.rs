@@ -1,6 +1,6 @@
 //! Qwen2 (arXiv:2407.10671: biases on Q, K, V), Qwen3 (arXiv:2505.09388: per-head norms instead) and Qwen3-MoE.
 
-use super::{Dims, Network, Runner};
+use super::{Dims, Extras, Network, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -113,12 +113,12 @@ impl Network for Qwen {
         Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, sinks: bool) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
         Ok(Box::new(QwenRunner {
             x: dev.alloc(n, self.attn.d)?,
             h: dev.alloc(n, self.attn.d)?,
-            rope: RopeTable::new(dev, &self.rope, n, sinks)?,
-            attn: GqaBufs::new(dev, &self.attn, n, sinks)?,
+            rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
+            attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
             head: self.head.bufs(dev, n)?,
             routes: Routes::default(),
             rows: 0,

@@ -50,7 +50,7 @@ pub struct Setup {
 impl Setup {
     fn session(&self, ctx: usize) -> SessionConfig {
         let Setup { batch, cache_k, cache_v, ref kv, .. } = *self;
-        SessionConfig { ctx: Some(ctx), batch, cache_k, cache_v, kv: kv.clone() }
+        SessionConfig { ctx: Some(ctx), batch, cache_k, cache_v, cache_k_pe: None, kv: kv.clone() }
     }
 }
 
