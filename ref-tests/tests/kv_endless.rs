@@ -79,8 +79,8 @@ fn a_hundred_thousand_tokens_in_constant_memory_and_time() {
     assert!(last.as_secs_f64() < 1.3 * second.as_secs_f64(), "{second:?} then {last:?}");
     if let (Some(Some(early)), Some(Some(late))) = (memory.first(), memory.last()) {
         println!("resident: {early} bytes after 2000 tokens, {late} at the end");
-        // The list of tokens itself is kept, 4 bytes a token, here twice.
-        assert!(*late < early + 12 * total, "{early} bytes, then {late}");
+        // Lists of tokens are kept, 4 bytes a token, and this test's times, 16.
+        assert!(*late < early + 32 * total, "{early} bytes, then {late}");
     }
 }
 

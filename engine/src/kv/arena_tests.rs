@@ -72,7 +72,7 @@ fn plan(kind: usize) -> KvPlan {
             policy: Arc::new(Scrambled),
             needs: Scrambled.needs(),
             budgets: vec![30],
-            trigger: Trigger { prompt_end: kind % 2 == 0, every: (kind < 6).then_some(9) },
+            trigger: Trigger { prompt_end: kind.is_multiple_of(2), every: (kind < 6).then_some(9) },
             positions: Positions::Original,
         }),
     }

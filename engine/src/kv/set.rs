@@ -130,9 +130,7 @@ impl Set {
         let mut ahead = usize::MAX;
         if prompt > 0 {
             let left = next.reading.0 - next.reading.1;
-            if ended && s.trigger.prompt_end {
-                ahead = 0;
-            } else if held + left.min(chunk) > s.capacity {
+            if (ended && s.trigger.prompt_end) || held + left.min(chunk) > s.capacity {
                 ahead = 0;
             } else if s.trigger.prompt_end {
                 ahead = left;
