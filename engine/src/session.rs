@@ -355,9 +355,7 @@ impl Session {
     /// Forgets everything; the next token has this position. The distance of tokens is all that counts: logits are the same
     /// but for rounding.
     pub fn restart(&mut self, position: u64) -> Result<(), EngineError> {
-        self.context.cache_mut().free(self.seq)?;
-        self.seq = self.context.cache_mut().admit(position)?;
-        Ok(())
+        self.context.cache_mut().restart(self.seq, position)
     }
 
     /// Writes the sequence to a new file; see [`Context::save`].

@@ -149,12 +149,17 @@ fn register_probes() {
             ..Needs::default()
         })))
     }
+    fn all(_: &engine::kv::Params<'_>) -> Made {
+        let needs = Needs { keys: true, values: true, mass_total: true, mass_recent: 16, ..Needs::default() };
+        Ok(Arc::new(Probe(Needs { queries: 96, ..needs })))
+    }
     fn nan(_: &engine::kv::Params<'_>) -> Made {
         Ok(Arc::new(Nan))
     }
     ONCE.call_once(|| {
         register(PolicyInfo::policy("probe-total", total)).unwrap();
         register(PolicyInfo::policy("probe-both", both)).unwrap();
+        register(PolicyInfo::policy("probe-all", all)).unwrap();
         register(PolicyInfo::policy("probe-nan", nan)).unwrap();
     });
 }
@@ -236,6 +241,117 @@ fn masses_add_up_and_do_not_depend_on_how_the_prompt_is_cut() {
         }
         for chunk in [1, 5, 13] {
             assert!(evictions(chunk) == whole, "{name}: chunks of {chunk}");
+        }
+    }
+}
+
+/// Everything a policy may ask for of one layer, owned.
+struct Recorded {
+    geometry: engine::kv::policy::LayerGeometry,
+    entries: usize,
+    keys: Vec<f32>,
+    k_pe: Vec<f32>,
+    queries: Vec<f32>,
+    total: Vec<f32>,
+    recent: Vec<f32>,
+}
+
+impl Recorded {
+    /// Scores of a query head: `[queries, entries]`.
+    fn scores(&self, head: usize) -> Vec<f64> {
+        let (g, n) = (&self.geometry, self.entries);
+        let kv = head / (g.heads / g.kv_heads);
+        let dim = g.key + g.k_pe;
+        let m = self.queries.len() / g.heads / dim;
+        let mut out = Vec::new();
+        for q in self.queries[head * m * dim..][..m * dim].chunks_exact(dim) {
+            for e in 0..n {
+                let key = &self.keys[(kv * n + e) * g.key..][..g.key];
+                let pe = if g.k_pe > 0 { &self.k_pe[e * g.k_pe..][..g.k_pe] } else { &[] };
+                let dot: f64 =
+                    q.iter().zip(key.iter().chain(pe)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                out.push(dot * f64::from(g.scale));
+            }
+        }
+        out
+    }
+
+    /// What 96 queries in a row give to 96 entries by these scores, counting the last `count` queries.
+    fn masses(&self, count: usize) -> Vec<f64> {
+        let (g, n) = (&self.geometry, self.entries);
+        let mut out = vec![0.0; g.kv_heads * n];
+        for head in 0..g.heads {
+            let scores = self.scores(head);
+            let kv = head / (g.heads / g.kv_heads);
+            for t in n - count..n {
+                let seen = &scores[t * n..][..t + 1];
+                let max = seen.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = seen.iter().map(|s| (s - max).exp()).sum();
+                seen.iter().enumerate().for_each(|(e, s)| out[kv * n + e] += (s - max).exp() / sum);
+            }
+        }
+        out
+    }
+}
+
+fn near(a: &[f32], b: impl IntoIterator<Item = f64>, what: &str) {
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!((f64::from(*a) - b).abs() <= 2e-3 + 1e-3 * b.abs(), "{what}: {a} and {b} at {i}");
+    }
+}
+
+/// Recorded queries and cached keys explain the recorded masses; and masses and scores are those that transformers had
+/// (`kv/record.py`), where they were recorded.
+#[test]
+fn what_is_recorded_for_policies_is_what_attention_did() {
+    register_probes();
+    for name in ["llama3", "qwen2", "gemma3", "deepseek2-v2-lite", "deepseek2-v2-lite-old", "deepseek2-v3"] {
+        let m = model(name);
+        let ids: Vec<u32> = ref_tests::read_tokens(&fixture(name).join("tokens.json"))[..96].to_vec();
+        for chunk in [96, 20] {
+            let mut c = Context::new(&m, &options("probe-all:budget=40", 96), 1).unwrap();
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let to = seen.clone();
+            c.cache_mut().watch(Some(Box::new(move |e: &Eviction<'_>| {
+                to.lock().unwrap().push(Recorded {
+                    geometry: e.view.geometry.clone(),
+                    entries: e.view.entries,
+                    keys: e.view.keys.to_vec(),
+                    k_pe: e.view.k_pe.to_vec(),
+                    queries: e.view.queries.to_vec(),
+                    total: e.view.mass_total.to_vec(),
+                    recent: e.view.mass_recent.to_vec(),
+                });
+            })));
+            let seq = c.cache_mut().admit(0).unwrap();
+            feed(&mut c, seq, &ids, chunk, 96);
+            let seen = std::mem::take(&mut *seen.lock().unwrap());
+            assert!(!seen.is_empty());
+            for r in &seen {
+                let what = format!("{name}, layer {}, chunks of {chunk}", r.geometry.layer);
+                assert_eq!(r.entries, 96, "{what}");
+                near(&r.total, r.masses(96), &what);
+                near(&r.recent, r.masses(16), &what);
+            }
+            if name == "llama3" || name == "deepseek2-v2-lite" {
+                let r = seen.iter().find(|r| r.geometry.layer == 1).unwrap();
+                let read = |what: &str| read_npy(&fixture(&format!("kv-policies/{name}/{what}.npy"))).2;
+                let theirs = Recorded {
+                    geometry: r.geometry.clone(),
+                    entries: 96,
+                    keys: read("keys"),
+                    k_pe: if name == "llama3" { Vec::new() } else { read("k_pe") },
+                    queries: read("queries"),
+                    total: read("mass_total"),
+                    recent: read("mass_recent_16"),
+                };
+                near(&r.total, theirs.total.iter().map(|x| f64::from(*x)), name);
+                near(&r.recent, theirs.recent.iter().map(|x| f64::from(*x)), name);
+                for h in 0..r.geometry.heads {
+                    let ours: Vec<f32> = r.scores(h).iter().map(|s| *s as f32).collect();
+                    near(&ours, theirs.scores(h), &format!("{name}, head {h}"));
+                }
+            }
         }
     }
 }
@@ -340,4 +456,70 @@ fn a_prefix_is_used_again_where_its_entries_are_there() {
             assert!(d.max_kl < 1e-9, "{kv}: {d:?}");
         }
     }
+}
+
+#[test]
+fn a_saved_sequence_goes_on_with_the_same_bits_and_a_wrong_file_changes_nothing() {
+    register_probes();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sequence.kv");
+    let (m, other) = (model("deepseek2-v3"), model("deepseek2-v2-lite"));
+    let ids = tokens(120, 10);
+    for kv in ["full", "sinks:4+window:20", "probe-all:budget=24,every=5", "h2o:budget=24,positions=compact"]
+    {
+        let mut s = Session::new(&m, &options(kv, 16)).unwrap();
+        run(&mut s, &ids[..70], &ids[70..90]);
+        s.save(&path).unwrap();
+        let on = run(&mut s, &[], &ids[90..]);
+        let mut t = Session::new(&m, &options(kv, 16)).unwrap();
+        run(&mut t, &ids[..7], &[]);
+        t.load(&path).unwrap();
+        assert_eq!(t.tokens(), &ids[..90]);
+        same_bits(&on, &run(&mut t, &[], &ids[90..]), kv);
+
+        let mut wrong = Session::new(&other, &options(kv, 16)).unwrap();
+        run(&mut wrong, &ids[..7], &[]);
+        let e = wrong.load(&path).unwrap_err().to_string();
+        assert!(e.contains("another model"), "{e}");
+        assert_eq!(wrong.tokens(), &ids[..7]);
+        let mut wrong = Session::new(&m, &options("window:9", 16)).unwrap();
+        let e = wrong.load(&path).unwrap_err().to_string();
+        assert!(e.contains("--kv window:9"), "{e}");
+        let e = wrong.load(&dir.path().join("none")).unwrap_err().to_string();
+        assert!(e.contains("none"), "{e}");
+    }
+    let whole = std::fs::read(&path).unwrap();
+    let mut s = Session::new(&m, &options("h2o:budget=24,positions=compact", 16)).unwrap();
+    for at in (0..whole.len()).step_by(whole.len() / 50) {
+        let mut bad = whole.clone();
+        bad[at] ^= 0x10;
+        std::fs::write(&path, &bad).unwrap();
+        assert!(matches!(s.load(&path), Err(EngineError::CacheFile { .. })), "byte {at}");
+        std::fs::write(&path, &whole[..at]).unwrap();
+        assert!(matches!(s.load(&path), Err(EngineError::CacheFile { .. })), "{at} bytes");
+        assert!(s.tokens().is_empty());
+    }
+}
+
+#[test]
+fn impossible_configurations_are_refused_when_the_session_opens() {
+    for bad in [
+        "sinks:8+window:8",
+        "sinks:8,budget=16",
+        "window:0",
+        "h2o:budget=0",
+        "h2o:budget=0%",
+        "nonsense:budget=5",
+    ] {
+        let e = bad.parse::<engine::KvSpec>().expect_err(bad).to_string();
+        assert!(e.contains('^'), "{e}");
+    }
+    // Heads of 16 cannot be chosen for one by one in blocks of 32.
+    let o = SessionOptions { cache_k: DType::Q8_0, cache_v: DType::Q8_0, ..options("knorm:budget=20", 16) };
+    let e = Session::new(&model("llama"), &o).err().expect("an error").to_string();
+    assert!(e.contains("f16"), "{e}");
+    let mut s = Session::new(&model("llama"), &options("knorm:budget=20", 16)).unwrap();
+    assert!(s.restart(5).is_err());
+    run(&mut s, &tokens(40, 11), &[]);
+    assert_eq!(s.evicted(), 20);
 }

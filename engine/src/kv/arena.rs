@@ -211,6 +211,16 @@ impl Arena {
     /// [`EngineError::NoRoom`] if as many sequences as the arena was made for are there. Policies that choose by position
     /// need base 0.
     pub fn admit(&mut self, base: u64) -> Result<SeqId, EngineError> {
+        self.check_base(base)?;
+        let held = self.groups.iter().map(|g| match &g.kind {
+            Kind::Ring(_) => Held::Ring(Ring::default()),
+            Kind::Set(s) => Held::Set(Set::new(s)),
+        });
+        let held = held.collect();
+        self.place(Sequence { generation: 0, base, tokens: Vec::new(), held, progress: Progress::default() })
+    }
+
+    fn check_base(&self, base: u64) -> Result<(), EngineError> {
         if base > 0 && self.groups.iter().any(|g| matches!(g.kind, Kind::Set(_))) {
             let why = "a kv policy that chooses entries needs positions from 0 on";
             return Err(EngineError::Option(why.into()));
@@ -218,12 +228,20 @@ impl Arena {
         if base > LAST_BASE {
             return Err(EngineError::Option(format!("a first position of {base} is not possible")));
         }
-        let held = self.groups.iter().map(|g| match &g.kind {
-            Kind::Ring(_) => Held::Ring(Ring::default()),
-            Kind::Set(s) => Held::Set(Set::new(s)),
-        });
-        let held = held.collect();
-        self.place(Sequence { generation: 0, base, tokens: Vec::new(), held, progress: Progress::default() })
+        Ok(())
+    }
+
+    /// Forgets a sequence's tokens; its next one has position `base`.
+    ///
+    /// # Errors
+    /// As [`Arena::admit`] for a position that is not possible; then nothing has changed.
+    pub fn restart(&mut self, id: SeqId, base: u64) -> Result<(), EngineError> {
+        self.check_base(base)?;
+        self.truncate(id, 0)?;
+        if let Some(s) = &mut self.sequences[id.index as usize] {
+            s.base = base;
+        }
+        Ok(())
     }
 
     fn room(&self) -> Result<usize, EngineError> {
