@@ -8,8 +8,10 @@ mod chat;
 mod cmd;
 mod demo;
 mod model;
+mod npy;
 mod output;
 mod text;
+mod trace;
 
 use std::process::ExitCode;
 

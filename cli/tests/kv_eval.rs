@@ -19,7 +19,7 @@ fn small<'a>(out: &'a str, ppl: &'a str) -> Vec<&'a str> {
         "kv-eval",
         "demo",
         "--policies",
-        "full,sinks,window",
+        "full,sinks,h2o",
         "--budgets",
         "24,50%",
         "--tasks",
@@ -127,7 +127,7 @@ fn results_repeat_themselves_and_a_kill_costs_one_cell() {
     assert!(e.contains("seed: 1 there, 2 now") && e.contains("--out"), "{e}");
     assert_eq!(results(&whole), rows);
     let mut more = small(whole.to_str().unwrap(), &text);
-    more[3] = "full,window,sinks:2";
+    more[3] = "full,h2o,sinks:2";
     stdout(&more);
     assert_eq!(results(&whole)[..rows.len()], rows);
     assert_eq!(results(&whole).iter().filter(|r| r[1] == "sinks:2" && r[5] == "all").count(), 6);
@@ -147,7 +147,7 @@ fn budgets_of_at_least_the_length_change_nothing() {
         mine.map(|r| [&r[..1], &r[5..16]].concat()).collect()
     };
     assert!(of("full").len() > 12);
-    for policy in ["window", "sinks"] {
+    for policy in ["h2o", "sinks"] {
         assert_eq!(of("full"), of(policy), "{policy}");
         let said = |name: &str| answers(&out)[name].clone();
         assert_eq!(said("recall full -.jsonl"), said(&format!("recall {policy} 1000.jsonl")));
@@ -193,4 +193,73 @@ fn bad_input_is_one_clear_line() {
     let e = error(&["kv-eval", "demo", "--policies", "full", "--questions", "1", "--out", &file]);
     assert!(e.contains(&file), "{e}");
     assert_eq!(rsinfer().args(["kv-eval", "demo"]).output().unwrap().status.code(), Some(2));
+}
+
+/// Shape and numbers of a float32 .npy file.
+fn npy(path: &Path) -> (Vec<usize>, Vec<f32>) {
+    let bytes = std::fs::read(path).unwrap();
+    assert_eq!(&bytes[..8], b"\x93NUMPY\x01\x00");
+    let start = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    let head = std::str::from_utf8(&bytes[10..start]).unwrap();
+    let shape = head.split_once("'shape': (").unwrap().1.split_once(')').unwrap().0;
+    let shape: Vec<usize> = shape.split(',').map(|n| n.trim().parse().unwrap()).collect();
+    let numbers = bytes[start..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+    (shape, numbers.collect())
+}
+
+#[test]
+fn traces_tell_what_was_evicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("t.jsonl");
+    let file = trace.to_str().unwrap();
+    // Random needs no attention masses: the trace has them recorded.
+    let args = ["run", "demo", "--raw", "-p", TEXT, "--temp", "0", "-n", "20", "-b", "16", "--kv"];
+    let spec = "random:budget=40,recent=8,every=4";
+    let traced = stdout(&[&args[..], &[spec, "--trace", file]].concat());
+    assert_eq!(traced, stdout(&[&args[..], &[spec]].concat()), "tracing changed the answer");
+    let lines: Vec<serde_json::Value> =
+        std::fs::read_to_string(&trace).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let ids = stdout(&["tokenize", "demo", "--ids", "-p", TEXT]);
+    let ids: Vec<u64> = serde_json::from_str(&ids).unwrap();
+    let (shape, masses) = npy(&dir.path().join("t.jsonl.npy"));
+    let [1, layers, heads, tokens] = shape[..] else { panic!("{shape:?}") };
+    assert!(layers > 1 && heads == 1 && tokens <= ids.len() + 20, "{shape:?}");
+    let mut gone = std::collections::HashSet::new();
+    for l in &lines {
+        let number = |name: &str| l[name].as_u64().unwrap_or_else(|| panic!("{name}: {l}"));
+        let (layer, position, at) = (number("layer"), number("position"), number("at"));
+        assert!(gone.insert((layer, position)), "evicted twice: {l}");
+        assert!(position + 8 < at && (layer as usize) < layers, "{l}");
+        if (position as usize) < ids.len() {
+            assert_eq!(number("token"), ids[position as usize]);
+        }
+        assert!(l["score"].is_number() && l["text"].is_string() && l["head"].is_null(), "{l}");
+        let mass = masses[layer as usize * tokens + position as usize];
+        assert!(mass > 0.0 && mass.is_finite(), "{l}: {mass}");
+    }
+    // As many in each layer: all but the budget, and what came since the last eviction.
+    let of = |layer: u64| gone.iter().filter(|g| g.0 == layer).count();
+    assert!((0..layers as u64).all(|l| of(l) == of(0) && of(l) + 40 + 4 + 16 >= ids.len()), "{}", of(0));
+
+    let out = dir.path().join("lab");
+    let text = "recall";
+    let mut args = small(out.to_str().unwrap(), text);
+    (args[3], args[9]) = ("full,window,h2o", "passkey");
+    args.push("--trace");
+    stdout(&args);
+    let mut files: Vec<String> = std::fs::read_dir(out.join("trace"))
+        .unwrap()
+        .map(|f| f.unwrap().file_name().into_string().unwrap())
+        .collect();
+    files.sort();
+    let want: Vec<String> = ["passkey h2o 24", "passkey h2o 50%", "recall h2o 24", "recall h2o 50%"]
+        .iter()
+        .flat_map(|n| [format!("{n}.jsonl"), format!("{n}.jsonl.npy")])
+        .collect();
+    assert_eq!(files, want);
+    let (shape, _) = npy(&out.join("trace/recall h2o 24.jsonl.npy"));
+    assert_eq!(shape[0], 4, "a row a question");
+    let first = std::fs::read_to_string(out.join("trace/recall h2o 24.jsonl")).unwrap();
+    let first: serde_json::Value = serde_json::from_str(first.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["policy"], &first["budget"]), (&"h2o".into(), &"24".into()));
 }

@@ -52,6 +52,9 @@ pub struct KvEvalArgs {
     /// Prompt tokens computed at once; ppl evicts after every so many
     #[arg(short, long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     batch_size: u32,
+    /// Also write what was evicted when, and attention masses, into OUT/trace
+    #[arg(long)]
+    trace: bool,
     /// Same seed, same stories and questions
     #[arg(short, long, default_value_t = 1, value_name = "N")]
     seed: u64,
@@ -153,6 +156,7 @@ impl KvEvalArgs {
             tasks,
             manner: Manner { ask: self.ask, judge, answer_tokens: self.answer_tokens as usize, piece: batch },
             sizes: self.sizes.resolve(self.seed)?,
+            trace: self.trace,
             out: self.out.expect("clap asks for it"),
         })))
     }

@@ -3,7 +3,7 @@
 use super::shared::{BatchArg, CacheArgs, LoadArgs, SamplingArgs};
 use crate::cmd::run::{ChatConfig, RunConfig};
 use crate::model::Source;
-use crate::text;
+use crate::{text, trace};
 use anyhow::{Result, bail};
 use clap::Args;
 use engine::{DType, GenerateOptions};
@@ -85,6 +85,9 @@ pub struct RunArgs {
     /// Show control tokens in the answer
     #[arg(long)]
     special: bool,
+    /// Write what the cache's policy evicted when (JSON lines), and attention masses (FILE.npy)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Show timings and what was chosen
     #[arg(short, long)]
     verbose: bool,
@@ -121,9 +124,16 @@ impl RunArgs {
             Some(path) => Some(text::read_prompt_file(path)?),
             None => self.system_prompt.map(escaped),
         };
+        let mut session = self.cache.session(self.ctx_size, self.batch.get(), DType::F16);
+        if self.trace.is_some() {
+            if prompt.is_none() && !self.raw {
+                super::usage("run", "--trace is of one answer: give a prompt");
+            }
+            session.kv = session.kv.recording(trace::needs());
+        }
         Ok(RunConfig {
             load: self.load.resolve(Source::parse(&name)),
-            session: self.cache.session(self.ctx_size, self.batch.get(), DType::F16),
+            session,
             sampler: self.sampling.resolve(),
             generate: GenerateOptions {
                 max_tokens: self.n_predict.try_into().ok(),
@@ -141,6 +151,7 @@ impl RunArgs {
                 think: if self.think { Some(true) } else { self.no_think.then_some(false) },
             },
             hide_thinking: self.hidethinking,
+            trace: self.trace,
             verbose: self.verbose,
         })
     }

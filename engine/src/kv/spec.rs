@@ -118,6 +118,8 @@ pub struct Trigger {
 pub struct KvSpec {
     text: String,
     kind: Kind,
+    /// Recorded besides what the policy needs.
+    more: Needs,
 }
 
 #[derive(Clone, Debug)]
@@ -161,7 +163,7 @@ pub struct SetPlan {
 impl Default for KvSpec {
     /// Everything stays.
     fn default() -> Self {
-        Self { text: "full".into(), kind: Kind::Full }
+        Self { text: "full".into(), kind: Kind::Full, more: Needs::default() }
     }
 }
 
@@ -193,6 +195,16 @@ impl KvSpec {
     pub fn parse(text: &str, budget: Option<Budget>) -> Result<Self, SpecError> {
         let node = parse::parse(text)?;
         Builder { text, budget }.build(&node)
+    }
+
+    /// The same, recording more than its policy needs, for those who watch. What makes no choice records nothing.
+    pub fn recording(self, more: Needs) -> Self {
+        Self { more: self.more.and(more), ..self }
+    }
+
+    /// Whether a policy chooses what stays; otherwise there are no evictions to watch.
+    pub fn chooses(&self) -> bool {
+        matches!(self.kind, Kind::Set(..))
     }
 
     /// Whether nothing is ever evicted.
@@ -233,7 +245,7 @@ impl KvSpec {
                 }
                 Ok(KvPlan::Set(SetPlan {
                     policy: policy.clone(),
-                    needs: policy.needs(),
+                    needs: policy.needs().and(self.more),
                     budgets,
                     trigger: *trigger,
                     positions: *positions,
@@ -289,7 +301,7 @@ impl Builder<'_> {
                 Kind::Set(policy, budget, trigger, common.positions)
             }
         };
-        Ok(KvSpec { text, kind })
+        Ok(KvSpec { text, kind, more: Needs::default() })
     }
 
     /// Canonical text, policy and common parameters of a node; the last is the innermost policy's entry.

@@ -16,6 +16,7 @@ pub use tasks::{Judge, Sizes, TaskSpec};
 
 use crate::model::{LoadConfig, SessionConfig};
 use crate::output;
+use crate::trace::{self, Trace};
 use anyhow::{Context, Result};
 use engine::{Model, Session, SessionOptions};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -47,6 +48,8 @@ pub struct Eval {
     pub tasks: Vec<TaskSpec>,
     pub manner: Manner,
     pub sizes: Sizes,
+    /// Tell what was evicted, cell by cell.
+    pub trace: bool,
     pub out: PathBuf,
 }
 
@@ -90,9 +93,18 @@ fn evaluate(e: &Eval) -> Result<()> {
         bar.set_message(format!("{} {} {}", task.name, cell.id.policy, cell.id.budget));
         let mut session = open(e, &model, task, cell)?;
         let start = Instant::now();
-        let found = measure::measure(&mut session, task, &e.manner, || bar.inc(1))
+        let trace = trace(e, &model, cell)?;
+        trace.iter().for_each(|t| t.follow(&mut session));
+        let mut done = 0;
+        let step = || {
+            done += 1;
+            bar.inc(1);
+            trace.iter().filter(|_| done < task.sequences()).for_each(|t| t.sequence(done));
+        };
+        let found = measure::measure(&mut session, task, &e.manner, step)
             .with_context(|| format!("{}, {}", task.name, cell.spec))?;
         let seconds = start.elapsed().as_secs_f64();
+        trace.map_or(Ok(()), Trace::finish)?;
         write_answers(&answers, cell, &found)?;
         table.append(rows(task, cell, &found, seconds))?;
     }
@@ -107,7 +119,11 @@ fn open(e: &Eval, model: &Arc<Model>, task: &Task, cell: &Cell) -> Result<Sessio
         Work::Read(_) => task.longest(),
         Work::Ask(_) => task.longest() + e.manner.answer_tokens,
     };
-    let options = SessionOptions { kv: cell.spec.clone(), ..e.session.options(ctx) };
+    let mut kv = cell.spec.clone();
+    if e.trace {
+        kv = kv.recording(trace::needs());
+    }
+    let options = SessionOptions { kv, ..e.session.options(ctx) };
     Session::new(model, &options).with_context(|| format!("{}, {}", task.name, cell.spec))
 }
 
@@ -143,6 +159,7 @@ fn about(e: &Eval, model: &Model, tasks: &[Task]) -> Map<String, Value> {
         "judge": if m.judge == Judge::Exact { "exact" } else { "contains" },
         "answer_tokens": m.answer_tokens,
         "seed": e.sizes.seed,
+        "trace": e.trace,
     });
     let Value::Object(mut all) = all else { unreachable!("an object") };
     for t in tasks {
@@ -198,11 +215,20 @@ fn rows(task: &Task, cell: &Cell, found: &Found, seconds: f64) -> Vec<Row> {
     rows
 }
 
-/// What was asked and answered, for reading: one JSON object a line.
-fn write_answers(dir: &Path, cell: &Cell, found: &Found) -> Result<()> {
-    if found.answers.is_empty() {
-        return Ok(());
+/// The cell's trace, if one is wanted and there is something to trace.
+fn trace(e: &Eval, model: &Arc<Model>, cell: &Cell) -> Result<Option<Trace>> {
+    if !e.trace || !cell.spec.chooses() {
+        return Ok(None);
     }
+    let dir = e.out.join("trace");
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
+    let about = json!({"task": cell.id.task, "policy": cell.id.policy, "budget": cell.id.budget});
+    let Value::Object(about) = about else { unreachable!("an object") };
+    Trace::create(&dir.join(file_name(cell)), model, about).map(Some)
+}
+
+/// A file for a cell.
+fn file_name(cell: &Cell) -> String {
     let name = format!("{} {} {}", cell.id.task, cell.id.policy, cell.id.budget);
     let plain = |c: char| if c.is_alphanumeric() || "-+=.,% ".contains(c) { c } else { '_' };
     let mut name: String = name.chars().map(plain).collect();
@@ -212,7 +238,15 @@ fn write_answers(dir: &Path, cell: &Cell, found: &Found) -> Result<()> {
         name = name.chars().take(80).collect();
         name.extend(hash.iter().take(4).map(|b| format!("{b:02x}")));
     }
-    let mut out = output::OutFile::create(&dir.join(format!("{name}.jsonl")))?;
+    name + ".jsonl"
+}
+
+/// What was asked and answered, for reading: one JSON object a line.
+fn write_answers(dir: &Path, cell: &Cell, found: &Found) -> Result<()> {
+    if found.answers.is_empty() {
+        return Ok(());
+    }
+    let mut out = output::OutFile::create(&dir.join(file_name(cell)))?;
     for a in &found.answers {
         writeln!(out, "{a}")?;
     }

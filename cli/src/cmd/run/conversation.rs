@@ -4,11 +4,12 @@
 use super::display::Display;
 use super::{RunConfig, ending, timings};
 use crate::chat;
+use crate::trace::Trace;
 use anyhow::{Context, Result};
 use engine::text::thinking::{Part, Splitter, ThinkTags};
 use engine::text::{ChatTemplate, EncodeOptions};
 use engine::{FinishReason, Generated, Model, Sampler, Session};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -70,6 +71,17 @@ impl Conversation {
         let cache = crate::output::bytes(self.session.cache_bytes() as u64);
         eprintln!("cache:    {cache}, {} and {}, keeps: {}", s.cache_k.name(), s.cache_v.name(), s.kv);
         eprintln!("sampling: seed {}", self.sampler.seed());
+    }
+
+    /// Starts the trace, if one is wanted.
+    pub fn trace(&mut self) -> Result<Option<Trace>> {
+        let Some(path) = &self.config.trace else { return Ok(None) };
+        if !self.config.session.kv.chooses() {
+            eprintln!("note: --kv {} chooses nothing: there is nothing to trace", self.config.session.kv);
+        }
+        let trace = Trace::create(path, &self.model, Map::new())?;
+        trace.follow(&mut self.session);
+        Ok(Some(trace))
     }
 
     /// Entries of the context.

@@ -7,10 +7,12 @@ mod settings;
 
 use crate::model::{LoadConfig, SessionConfig};
 use crate::output;
+use crate::trace::Trace;
 use anyhow::Result;
 use conversation::Conversation;
 use engine::{FinishReason, GenerateOptions, Generated, SamplerOptions};
 use serde_json::{Map, Value};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What to run and how.
@@ -26,6 +28,8 @@ pub struct RunConfig {
     pub raw: bool,
     pub chat: ChatConfig,
     pub hide_thinking: bool,
+    /// Where to tell of evictions.
+    pub trace: Option<PathBuf>,
     pub verbose: bool,
 }
 
@@ -46,10 +50,11 @@ pub fn run(c: RunConfig) -> Result<()> {
     if interactive {
         return repl::run(conversation);
     }
+    let trace = conversation.trace()?;
     let prompt = conversation.config.prompt.clone().unwrap_or_default();
     let done = conversation.say(&prompt, || false)?;
     conversation.explain(&done);
-    Ok(())
+    trace.map_or(Ok(()), Trace::finish)
 }
 
 /// What the user should know about the end of an answer, in one line; `None` if it ended as it should.
