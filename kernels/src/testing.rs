@@ -46,7 +46,8 @@ pub enum Fill {
     Random,
     /// Bytes 00, 7f, 80 and ff only: the largest magnitudes of every field.
     Extreme,
-    /// As `Random`, but F32 and BF16 spread evenly over -1..1: for timing, since processors are slow with subnormal operands.
+    /// As `Random`, but F32 and BF16 spread evenly over -1..1, and scales of MXFP4 and Q8_K of ordinary size: for timing, since
+    /// processors are slow with subnormal operands.
     Even,
 }
 
@@ -71,6 +72,13 @@ pub fn weights(dtype: DType, rows: usize, cols: usize, fill: Fill, rng: &mut Rng
                 } else {
                     bits as u8
                 };
+            }
+            if fill == Fill::Even {
+                match dtype {
+                    DType::MXFP4 => block[0] = 112 + block[0] % 16,
+                    DType::Q8_K => block[..4].copy_from_slice(&rng.unit().to_le_bytes()),
+                    _ => {}
+                }
             }
             (f.dequantize)(block, &mut values);
             if values.iter().all(|v| v.abs() < 1e4) {

@@ -111,6 +111,25 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
     }
 }
 
+/// Asks for the beginnings of what [`product`] with a single column would read: the first lines of its four streams, which
+/// otherwise begin with a wait for memory.
+pub fn fetch(w: &Weight, m: usize, rows: Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        const LINES: usize = 16;
+        let bytes = &w.matrix(m)[rows.start * w.row_bytes()..rows.end * w.row_bytes()];
+        for stream in bytes.chunks(rows.len().div_ceil(4) * w.row_bytes()) {
+            for line in stream.chunks(64).take(LINES) {
+                // SAFETY: every x86-64 has the instruction; it reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (w, m, rows);
+}
+
 /// How many rows of `w` one piece of work should take for `n` columns on `threads` threads.
 pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
     if n == 1 {

@@ -6,6 +6,7 @@ use super::isa::Isa;
 use super::matmul::{self, Columns, Input, TILE, columns, needs_quantized, product, with_scratch};
 use super::quantized::{BLOCK, Quantized, RowWriter};
 use super::scratch::Shared;
+use super::table::SEVERAL;
 use super::{Pool, ops};
 use crate::backend::{Ffn, Routes, Write};
 use crate::{KernelError, View, ViewMut};
@@ -139,16 +140,22 @@ fn layers(
     // Tasks: BLOCK hidden rows of one unit, so that each task's hidden values fill whole blocks.
     let pieces = |u: &Unit<'_>| u.f.gate.rows().div_ceil(BLOCK);
     let tasks: usize = units.iter().map(pieces).sum();
-    pool.share(tasks, work, |i| {
-        let (mut i, mut u) = (i, 0);
-        while i >= pieces(&units[u]) {
-            i -= pieces(&units[u]);
-            u += 1;
+    let task = |mut i: usize| {
+        for u in &units {
+            if i < pieces(u) {
+                return Some((u, i * BLOCK..u.f.gate.rows().min((i + 1) * BLOCK)));
+            }
+            i -= pieces(u);
         }
-        let unit = &units[u];
+        None
+    };
+    // The piece that a thread of a single token's will probably take next is begun to be fetched.
+    let ahead = |i: usize| if n == 1 { task(i + pool.threads()) } else { None };
+    pool.share(tasks, work, |i| {
+        let (unit, rows) = task(i).expect("tasks were counted");
         let bank = banks[unit.bank].as_ref().expect("its bank was made");
         // SAFETY: this task has these hidden rows and columns alone.
-        unsafe { hide(isa, unit, i * BLOCK..unit.f.gate.rows().min((i + 1) * BLOCK), bank) };
+        unsafe { hide(isa, unit, rows, bank, ahead(i)) };
     });
     let hidden: Vec<Columns<'_>> = units
         .iter()
@@ -177,7 +184,10 @@ fn layers(
         let rows = i * step..d.min((i + 1) * step);
         let len = rows.len();
         with_scratch((first + n * used) * len, |y| {
-            for (u, x) in units.iter().zip(&hidden) {
+            for (i, (u, x)) in units.iter().zip(&hidden).enumerate() {
+                if let Some(next) = units.get(i + 1).filter(|_| n == 1) {
+                    matmul::fetch(next.f.down, next.m, rows.clone());
+                }
                 let at = if u.bank == 0 { 0 } else { first } + u.rows.start;
                 product(u.f.down, u.m, rows.clone(), x, &mut y[at * len..][..u.rows.len() * len]);
             }
@@ -203,10 +213,20 @@ fn layers(
 ///
 /// # Safety
 /// No other thread writes these columns of these rows.
-unsafe fn hide(isa: Isa, u: &Unit<'_>, cols: Range<usize>, bank: &Bank<'_>) {
+unsafe fn hide(
+    isa: Isa,
+    u: &Unit<'_>,
+    cols: Range<usize>,
+    bank: &Bank<'_>,
+    next: Option<(&Unit<'_>, Range<usize>)>,
+) {
     let (tokens, width) = (u.rows.len(), cols.len());
-    // A single token's weights are read as long streams.
-    let step = if tokens == 1 { width } else { TILE };
+    // A single token's weights are read as long streams; for many tokens several tiles meet each block of columns.
+    let step = match tokens {
+        1 => width,
+        2..=SEVERAL => TILE,
+        _ => 4 * TILE,
+    };
     with_scratch(tokens * (width + 2 * step), |s| {
         let (hidden, y) = s.split_at_mut(tokens * width);
         let mut from = cols.start;
@@ -215,7 +235,13 @@ unsafe fn hide(isa: Isa, u: &Unit<'_>, cols: Range<usize>, bank: &Bank<'_>) {
             let len = rows.len();
             let (gate, rest) = y.split_at_mut(tokens * len);
             let up = &mut rest[..tokens * len];
+            if tokens == 1 {
+                matmul::fetch(u.f.up, u.m, rows.clone());
+            }
             product(u.f.gate, u.m, rows.clone(), &u.x[0], gate);
+            if let Some((next, rows)) = &next {
+                matmul::fetch(next.f.gate, next.m, rows.clone());
+            }
             product(u.f.up, u.m, rows, &u.x[1], up);
             ops::glu(isa, u.f.act, gate, up);
             for (h, g) in hidden.chunks_exact_mut(width).zip(gate.chunks_exact(len)) {

@@ -75,27 +75,34 @@ impl Kernel for Gate<'_> {
 
 /// Logits `[n, experts]`: each a dot product in f32, in 64 lanes summed in a fixed order.
 fn logits(pool: &Pool, isa: Isa, r: &Router<'_>, x: View<'_>, out: &mut [f32]) {
+    // Rows of the input outside: the weights of eight experts stay in the second-level cache, a prompt's rows do not.
     const EXPERTS: usize = 8;
     let (e, d) = (r.weight.rows(), x.cols());
     let ptr = Shared(out.as_mut_ptr());
     let task = |i: usize| {
-        for row in i * EXPERTS..e.min((i + 1) * EXPERTS) {
-            let bytes = r.weight.row(0, row);
-            let dots = |w: *const f32| {
-                for t in 0..x.rows() {
-                    let y = isa.vectorize(Dot(w, x.row(t).as_ptr(), d));
+        let experts = i * EXPERTS..e.min((i + 1) * EXPERTS);
+        let dots = |w: &[*const f32]| {
+            for t in 0..x.rows() {
+                for (w, row) in w.iter().zip(experts.clone()) {
+                    let y = isa.vectorize(Dot(*w, x.row(t).as_ptr(), d));
                     // SAFETY: inside [n, experts]; this expert is this task's alone.
                     unsafe { *ptr.at(t * e + row) = y };
                 }
-            };
-            if r.weight.dtype() == DType::F32 {
-                dots(bytes.as_ptr().cast());
-            } else {
-                with_scratch(d, |w| {
-                    (r.weight.dtype().format().dequantize)(bytes, w);
-                    dots(w.as_ptr());
-                });
             }
+        };
+        let mut w = [std::ptr::null(); EXPERTS];
+        let w = &mut w[..experts.len()];
+        if r.weight.dtype() == DType::F32 {
+            w.iter_mut().zip(experts.clone()).for_each(|(w, row)| *w = r.weight.row(0, row).as_ptr().cast());
+            dots(w);
+        } else {
+            with_scratch(experts.len() * d, |rows| {
+                for ((w, to), row) in w.iter_mut().zip(rows.chunks_exact_mut(d)).zip(experts.clone()) {
+                    (r.weight.dtype().format().dequantize)(r.weight.row(0, row), to);
+                    *w = to.as_ptr();
+                }
+                dots(w);
+            });
         }
     };
     let tasks = e.div_ceil(EXPERTS);

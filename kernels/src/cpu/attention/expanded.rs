@@ -67,7 +67,9 @@ impl Expanded {
 
     /// W_k of head h, by latent.
     pub fn key_up(&self, m: &Mla<'_>, h: usize, w: &mut Keys<'_>) {
-        w.wk.fill(0.0);
+        if self.nope_pad > m.nope {
+            w.wk.fill(0.0);
+        }
         match m.up {
             MlaUp::Split { k_b, .. } => {
                 for (l, to) in w.wk.chunks_exact_mut(self.nope_pad).enumerate() {
@@ -86,7 +88,9 @@ impl Expanded {
 
     /// W_v of head h, by latent: `[latent][value_pad]`.
     fn value_up(&self, m: &Mla<'_>, h: usize, row: &mut [f32], wv: &mut [f32]) {
-        wv.fill(0.0);
+        if self.value_pad > m.value {
+            wv.fill(0.0);
+        }
         for v in 0..m.value {
             let (w, bytes) = value_row(m, h, v);
             (w.dtype().format().dequantize)(bytes, &mut row[..self.latent]);

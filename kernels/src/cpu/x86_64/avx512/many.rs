@@ -378,7 +378,8 @@ unsafe fn products<const S: usize>(
                 let mut cols = [std::ptr::null(); $t];
                 let mut ahead = [std::ptr::null(); $t];
                 for t in 0..$t {
-                    cols[t] = x[c + t][..groups].as_ptr();
+                    // Where there are fewer, the last one again: its results are not taken.
+                    cols[t] = x[(c + t).min(x.len() - 1)][..groups].as_ptr();
                     ahead[t] = x[(c + t + $t).min(x.len() - 1)].as_ptr();
                 }
                 for (i, tile) in tiles.chunks_exact(groups * 8 * lines(S)).enumerate() {
@@ -387,7 +388,7 @@ unsafe fn products<const S: usize>(
                     // SAFETY: the tile holds `groups` groups, and so do the columns.
                     unsafe {
                         multiply::<S, $t>(tile.as_ptr(), groups, cols, ahead, lanes.as_mut_ptr());
-                        for t in 0..$t {
+                        for t in 0..$t.min(x.len() - c) {
                             let mut out = [0.0f32; ROWS];
                             let from = lanes.as_ptr().add(2 * t);
                             _mm512_storeu_ps(out.as_mut_ptr(), tree16(from, 2 * $t));
@@ -399,10 +400,11 @@ unsafe fn products<const S: usize>(
                 c += $t;
             }};
         }
+        // A pass over few columns waits for its chains of sums: one more column costs less than another pass.
         match x.len() - c {
             1 => run!(1),
-            2 | 3 => run!(2),
-            4..8 => run!(4),
+            2 => run!(2),
+            3..=6 => run!(4),
             _ => run!(8),
         }
     }
