@@ -127,8 +127,8 @@ pub(crate) fn turn(p: u64, f: f64) -> (f64, f64) {
     if p < 1 << 20 {
         return (cos, sin);
     }
-    let rest = (p as f64).mul_add(f, -angle);
-    (cos - rest * sin, sin + rest * cos)
+    let (rest_sin, rest_cos) = (p as f64).mul_add(f, -angle).sin_cos();
+    (cos * rest_cos - sin * rest_sin, sin * rest_cos + cos * rest_sin)
 }
 
 /// The cosines and sines of a batch's rows, made when a layer asks and kept as long as its positions are the same.
