@@ -1,7 +1,9 @@
 //! Opening what MODEL names: a GGUF file or the embedded demo model; sessions on it. Knows nothing of flags.
 
+use crate::cmd::plan::refusal;
 use anyhow::{Context, Result, bail};
 use engine::gguf::{File, OpenMode};
+use engine::plan::{Access, Device, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
 use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Session, SessionOptions};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -38,6 +40,54 @@ pub struct SessionConfig {
     pub kv: KvSpec,
 }
 
+/// Where weights should go.
+#[derive(Clone, Debug, Default)]
+pub struct Placement {
+    pub gpu_layers: Option<usize>,
+    pub main_gpu: Option<usize>,
+    pub split: Vec<f64>,
+    /// Layers, from the first, whose experts stay on the CPU.
+    pub cpu_moe: Option<usize>,
+    /// Tensors by pattern; the first that matches counts.
+    pub tensors: Vec<(regex::Regex, Device)>,
+}
+
+impl Placement {
+    /// The rules for a model on a machine.
+    pub fn rules(&self, model: &PlanModel, machine: &Machine) -> Result<Rules> {
+        let there = |i: usize| i < machine.gpus.len();
+        let named = self.tensors.iter().filter_map(|(_, d)| match d {
+            Device::Gpu(i) => Some(*i),
+            Device::Cpu => None,
+        });
+        if let Some(i) = self.main_gpu.into_iter().chain(named).find(|i| !there(*i)) {
+            bail!("there is no GPU{i}: {} given with --gpu", machine.gpus.len());
+        }
+        if self.split.len() > machine.gpus.len() {
+            bail!("--tensor-split has {} shares for {} GPUs", self.split.len(), machine.gpus.len());
+        }
+        let device = |name: &str| self.tensors.iter().find(|(p, _)| p.is_match(name)).map(|(_, d)| *d);
+        let tensors = model.weights().iter().filter_map(|w| Some((w.name.clone(), device(&w.name)?)));
+        Ok(Rules {
+            gpu_layers: self.gpu_layers,
+            main_gpu: self.main_gpu,
+            split: self.split.clone(),
+            cpu_moe: self.cpu_moe,
+            tensors: tensors.collect(),
+        })
+    }
+
+    /// Refuses what only a GPU could do.
+    pub fn on_cpu(&self) -> Result<()> {
+        let gpu = self.tensors.iter().any(|(_, d)| *d != Device::Cpu);
+        if self.gpu_layers.is_some_and(|n| n > 0) || self.main_gpu.is_some() || !self.split.is_empty() || gpu
+        {
+            bail!("only the CPU runs models so far; `rsinfer plan --gpu SIZE` plans for GPUs");
+        }
+        Ok(())
+    }
+}
+
 impl Source {
     pub fn parse(s: &str) -> Self {
         if s == crate::demo::NAME { Self::Demo } else { Self::File(s.into()) }
@@ -61,6 +111,48 @@ impl Source {
 }
 
 impl LoadConfig {
+    /// The model's headers, for planning.
+    pub fn headers(&self) -> Result<PlanModel> {
+        let model = match &self.source {
+            Source::File(p) => PlanModel::open(p),
+            Source::Demo => PlanModel::of(&self.source.open()?),
+        };
+        model.map_err(|e| name_the_file(e, &self.source))
+    }
+
+    /// Plans a session before anything is loaded. What does not fit the memory that is left is an error with the flags that
+    /// would; with `choose` the first of them is taken, and told.
+    pub fn plan(&mut self, session: &mut SessionConfig, choose: bool) -> Result<()> {
+        let Some(memory) = available_memory() else { return Ok(()) };
+        let model = self.headers()?;
+        let ctx = session.ctx(model.ctx_train())?;
+        let access = if self.mmap { Access::Mapped } else { Access::Read };
+        let options =
+            PlanOptions { session: session.options(ctx), parallel: 1, access, threads: self.threads };
+        let machine = |memory| Machine { memory, gpus: Vec::new() };
+        let found = match fit(&model, &options, &machine(memory), &Rules::default()) {
+            Ok(f) => f,
+            // What no session accepts is reported where one is opened, as without a plan.
+            Err(_) => return Ok(()),
+        };
+        if found.plan.fits() {
+            return Ok(());
+        }
+        // What is chosen leaves others some room.
+        let roomy = fit(&model, &options, &machine(memory - memory / 16), &Rules::default())?;
+        match roomy.ways.first().filter(|_| choose) {
+            None => bail!("{}: {}", self.source.name(), refusal(&found)),
+            Some(w) => {
+                eprintln!("note: to fit {} of memory: {}", crate::output::bytes(memory), w.flags());
+                let s = &w.options.session;
+                (session.ctx, session.batch) = (Some(s.ctx), s.batch);
+                (session.cache_k, session.cache_v) = (s.cache_k, s.cache_v);
+                self.mmap = w.options.access != Access::Read;
+                Ok(())
+            }
+        }
+    }
+
     /// Loads, telling how long it takes; a terminal is shown that something happens if that is more than a second.
     pub fn load(&self) -> Result<(Arc<Model>, Duration)> {
         let start = Instant::now();

@@ -8,9 +8,18 @@ use std::process::Stdio;
 #[test]
 fn help_and_version() {
     assert!(stdout(&["--version"]).starts_with("rsinfer "));
-    for command in
-        ["run", "logits", "tokenize", "template", "inspect", "perplexity", "bench", "kv-eval", "quantize"]
-    {
+    for command in [
+        "run",
+        "logits",
+        "tokenize",
+        "template",
+        "inspect",
+        "plan",
+        "perplexity",
+        "bench",
+        "kv-eval",
+        "quantize",
+    ] {
         let help = stdout(&[command, "--help"]);
         assert!(help.contains("Example") && help.contains("Usage: rsinfer"), "{command}: {help}");
     }

@@ -10,6 +10,7 @@ pub mod gguf;
 pub mod kv;
 mod layers;
 mod model;
+pub mod plan;
 pub mod quantize;
 pub mod sample;
 mod session;

@@ -1,27 +1,60 @@
 //! Tensors of a file as weights on a device: shapes checked against the configuration, every tensor accounted for.
 
 use crate::EngineError;
-use crate::gguf::File;
+use crate::gguf::{File, TensorInfo};
 use kernels::{Device, Vector, Weight};
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Hands out the tensors of a file by name and shape. Shapes are `[count, rows (out), cols (in)]`: GGUF's, reversed.
 pub struct Loader<'a> {
     file: &'a File,
     device: &'a Device,
     taken: RefCell<HashSet<String>>,
+    /// Tensors that must be in parts of the model that are not there, as they probably are.
+    guessed: RefCell<HashMap<String, TensorInfo>>,
 }
 
 impl<'a> Loader<'a> {
     /// A loader of `file` for `device`.
     pub fn new(file: &'a File, device: &'a Device) -> Self {
-        Self { file, device, taken: RefCell::default() }
+        Self { file, device, taken: RefCell::default(), guessed: RefCell::default() }
     }
 
     /// Whether the file has this tensor.
     pub fn has(&self, name: &str) -> bool {
-        self.file.tensor(name).is_some()
+        // Of parts that are not there: what some layer has, others have; large models have an output matrix of their own.
+        let elsewhere = || name == "output.weight" || self.twin(name).is_some();
+        self.file.tensor(name).is_some() || (self.file.missing_parts() > 0 && elsewhere())
+    }
+
+    /// The tensor of the same name in another layer.
+    fn twin(&self, name: &str) -> Option<&'a TensorInfo> {
+        let kind = |n: &str| n.strip_prefix("blk.").and_then(|n| n.split_once('.')).map(|n| n.1.to_owned());
+        let wanted = kind(name)?;
+        self.file.tensors().iter().rev().find(|t| kind(&t.name).as_ref() == Some(&wanted))
+    }
+
+    /// The tensor `name` of the dimensions `dims`; where parts of the model are missing, what it probably is.
+    fn info(&self, name: &str, dims: &[u64]) -> Result<TensorInfo, EngineError> {
+        let missing = || EngineError::MissingTensor(name.into());
+        if let Some(t) = self.file.tensor(name) {
+            return Ok(t.clone());
+        }
+        if self.file.missing_parts() == 0 {
+            return Err(missing());
+        }
+        let largest = || self.file.tensors().iter().max_by_key(|t| t.n_bytes).map(|t| t.dtype);
+        let dtype = match (self.twin(name), dims.len()) {
+            (Some(t), _) => t.dtype,
+            (None, 1) => quant::DType::F32,
+            (None, _) => largest().ok_or_else(missing)?,
+        };
+        let row = dtype.row_bytes(dims[0] as usize).map_err(|_| missing())? as u64;
+        let n_bytes = row * dims[1..].iter().product::<u64>();
+        let t = TensorInfo { name: name.into(), dtype, dims: dims.into(), n_bytes, part: 0, offset: 0 };
+        self.guessed.borrow_mut().insert(name.into(), t.clone());
+        Ok(t)
     }
 
     /// Rows of a two-dimensional tensor, before its shape is known (the vocabulary's size).
@@ -31,7 +64,7 @@ impl<'a> Loader<'a> {
     }
 
     fn load(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
-        let t = self.file.tensor(name).ok_or_else(|| EngineError::MissingTensor(name.into()))?;
+        let t = self.info(name, &[cols as u64, rows as u64, count as u64])?;
         let mut want = vec![cols as u64, rows as u64, count as u64];
         let mut dims = t.dims.clone();
         for d in [&mut want, &mut dims] {
@@ -47,7 +80,14 @@ impl<'a> Loader<'a> {
             });
         }
         self.taken.borrow_mut().insert(name.into());
-        let host = Weight::host(t.dtype, count, rows, cols, self.file.bytes(t))?;
+        self.weight(&t, count, rows, cols)
+    }
+
+    fn weight(&self, t: &TensorInfo, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
+        let host = match self.file.has_data() {
+            true => Weight::host(t.dtype, count, rows, cols, self.file.bytes(t))?,
+            false => Weight::unbacked(t.dtype, count, rows, cols)?,
+        };
         Ok(self.device.upload(host)?)
     }
 
@@ -64,8 +104,7 @@ impl<'a> Loader<'a> {
     /// The same as one matrix `[count * rows, cols]`, of which rows can be taken.
     pub fn stacked(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
         self.load(name, count, rows, cols)?;
-        let t = self.file.tensor(name).ok_or_else(|| EngineError::MissingTensor(name.into()))?;
-        Ok(self.device.upload(Weight::host(t.dtype, 1, count * rows, cols, self.file.bytes(t))?)?)
+        self.weight(&self.info(name, &[cols as u64, rows as u64, count as u64])?, 1, count * rows, cols)
     }
 
     /// A vector, widened to f32.
@@ -75,14 +114,17 @@ impl<'a> Loader<'a> {
 
     /// A vector's values on the host.
     pub fn values(&self, name: &str, len: usize) -> Result<Vec<f32>, EngineError> {
-        let t = self.file.tensor(name).ok_or_else(|| EngineError::MissingTensor(name.into()))?;
+        let t = self.info(name, &[len as u64])?;
         if t.dims != [len as u64] {
             let expected = vec![len as u64];
             return Err(EngineError::TensorShape { name: name.into(), found: t.dims.clone(), expected });
         }
         self.taken.borrow_mut().insert(name.into());
-        let mut values = vec![0.0; len];
-        (t.dtype.format().dequantize)(&self.file.bytes(t), &mut values);
+        // Without data, values that every check lets through.
+        let mut values = vec![1.0; len];
+        if self.file.has_data() {
+            (t.dtype.format().dequantize)(&self.file.bytes(&t), &mut values);
+        }
         Ok(values)
     }
 
@@ -96,11 +138,11 @@ impl<'a> Loader<'a> {
         self.taken.borrow_mut().insert(name.into());
     }
 
-    /// Refuses the model if the file has a tensor that nothing took.
-    pub fn finish(self) -> Result<(), EngineError> {
+    /// Refuses the model if the file has a tensor that nothing took. Returns the tensors of parts that are not there.
+    pub fn finish(self) -> Result<Vec<TensorInfo>, EngineError> {
         let taken = self.taken.into_inner();
         match self.file.tensors().iter().find(|t| !taken.contains(&t.name)) {
-            None => Ok(()),
+            None => Ok(self.guessed.into_inner().into_values().collect()),
             Some(t) => Err(EngineError::Unsupported(format!(
                 "tensor {} is not one this engine implements for this architecture",
                 t.name

@@ -4,7 +4,7 @@
 //! Numbers: activations are f32. A row's result never depends on how many other rows the call holds, nor on the number of
 //! threads (fixed reduction orders; docs/numerics.md).
 
-use crate::{Buf, KernelError, KvBuf, Vector, View, ViewMut, Weight};
+use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight};
 use quant::DType;
 use std::ops::Range;
 use std::sync::Arc;
@@ -280,30 +280,12 @@ pub struct Mla<'a> {
     pub visible: &'a Visible,
 }
 
-/// Upper bounds on what calls will ask for, from which a backend sizes its scratch memory once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Rows of a batch.
-    pub tokens: usize,
-    /// The widest input of any product.
-    pub max_in: usize,
-    /// The widest feed-forward hidden layer (dense, shared, or experts per token times expert hidden).
-    pub max_hidden: usize,
-    /// Heads times the widest per-head vector attention keeps (value, or the latent for MLA).
-    pub max_heads_out: usize,
-    /// Cache entries one query may see.
-    pub slots: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Whether calls ask for [`Mass`].
-    pub mass: bool,
-}
-
 /// The operations. Implementors may assume checked shapes: only [`Device`] calls these.
 #[allow(missing_docs)] // each is described on `Device`
 pub trait Backend: Send + Sync {
     fn name(&self) -> String;
-    fn reserve(&self, limits: &Limits) -> Result<usize, KernelError>;
+    fn scratch_bytes(&self, limits: &Limits) -> usize;
+    fn reserve(&self, limits: &Limits) -> Result<(), KernelError>;
     fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError>;
     fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError>;
     fn upload(&self, host: Weight) -> Result<Weight, KernelError>;
@@ -376,8 +358,17 @@ impl Device {
         self.0.name()
     }
 
-    /// Sizes the scratch memory for calls within `limits`; returns its bytes. Calls beyond them are an error.
-    pub fn reserve(&self, limits: &Limits) -> Result<usize, KernelError> {
+    /// Bytes of scratch memory that calls within `limits` need, all of it.
+    pub fn scratch_bytes(&self, limits: &Limits) -> usize {
+        self.0.scratch_bytes(limits)
+    }
+
+    /// Allocates that much, once, for the calling thread and those of the device; calls within the limits allocate nothing that
+    /// stays. Calls of attention beyond them are an error.
+    ///
+    /// # Errors
+    /// Memory that cannot be had; an instruction set asked for that is not here.
+    pub fn reserve(&self, limits: &Limits) -> Result<(), KernelError> {
         self.0.reserve(limits)
     }
 

@@ -13,8 +13,20 @@ pub struct Buf {
 }
 
 impl Buf {
-    pub(crate) fn host(rows: usize, cols: usize) -> Self {
-        Self { rows, cols, data: vec![0.0; rows * cols] }
+    pub(crate) fn host(rows: usize, cols: usize) -> Result<Self, KernelError> {
+        let n = rows
+            .checked_mul(cols)
+            .ok_or_else(|| KernelError::Shape(format!("[{rows}, {cols}] overflows")))?;
+        let mut data = Vec::new();
+        let fail = |_| KernelError::Memory { what: "activations", bytes: n.saturating_mul(4) };
+        data.try_reserve_exact(n).map_err(fail)?;
+        data.resize(n, 0.0);
+        Ok(Self { rows, cols, data })
+    }
+
+    /// One that has a size and no memory: no operation takes it.
+    pub(crate) fn unbacked(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, data: Vec::new() }
     }
 
     /// Rows allocated.
@@ -142,6 +154,8 @@ pub struct Weight {
     cols: usize,
     row_bytes: usize,
     pub(crate) bytes: HostBytes,
+    /// There are no bytes: it has a size only.
+    unbacked: bool,
 }
 
 impl Weight {
@@ -156,13 +170,35 @@ impl Weight {
         cols: usize,
         bytes: HostBytes,
     ) -> Result<Self, KernelError> {
+        Self::new(dtype, count, rows, cols, bytes, false)
+    }
+
+    /// One that has a size and no bytes, for planning: no operation takes it.
+    ///
+    /// # Errors
+    /// As [`Weight::host`].
+    pub fn unbacked(dtype: DType, count: usize, rows: usize, cols: usize) -> Result<Self, KernelError> {
+        Self::new(dtype, count, rows, cols, HostBytes::from_vec(Vec::new()), true)
+    }
+
+    fn new(
+        dtype: DType,
+        count: usize,
+        rows: usize,
+        cols: usize,
+        bytes: HostBytes,
+        unbacked: bool,
+    ) -> Result<Self, KernelError> {
         let row_bytes = dtype.row_bytes(cols).map_err(|e| KernelError::Shape(e.to_string()))?;
         let want = count.checked_mul(rows).and_then(|n| n.checked_mul(row_bytes));
+        if unbacked && count > 0 && rows > 0 && cols > 0 && want.is_some() {
+            return Ok(Self { dtype, count, rows, cols, row_bytes, bytes, unbacked });
+        }
         if count == 0 || rows == 0 || cols == 0 || want != Some(bytes.len()) {
             let shape = format!("[{count}, {rows}, {cols}] {dtype}");
             return Err(KernelError::Shape(format!("{} bytes do not hold a weight {shape}", bytes.len())));
         }
-        Ok(Self { dtype, count, rows, cols, row_bytes, bytes })
+        Ok(Self { dtype, count, rows, cols, row_bytes, bytes, unbacked })
     }
 
     /// Element type.
@@ -187,7 +223,7 @@ impl Weight {
 
     /// Bytes of the whole stack.
     pub fn n_bytes(&self) -> usize {
-        self.bytes.len()
+        self.count * self.rows * self.row_bytes
     }
 
     /// Bytes of one row.
@@ -210,6 +246,9 @@ impl Weight {
     /// The rows `rows` of matrix 0 as a weight of its own, sharing the bytes. Panics if they are not there.
     pub fn slice_rows(&self, rows: Range<usize>) -> Self {
         assert!(self.count == 1 && rows.start < rows.end && rows.end <= self.rows);
+        if self.unbacked {
+            return Self { rows: rows.len(), ..self.clone() };
+        }
         let bytes = self.bytes.slice(rows.start * self.row_bytes..rows.end * self.row_bytes).expect("inside");
         Self { rows: rows.len(), bytes, ..self.clone() }
     }
@@ -274,6 +313,12 @@ impl KvBuf {
         Ok(Self { dtype, slots, width, row_bytes: bytes / slots.max(1), data })
     }
 
+    /// One that has a size and no memory: no operation takes it.
+    pub(crate) fn unbacked(dtype: DType, slots: usize, width: usize) -> Result<Self, KernelError> {
+        let bytes = Self::size(dtype, slots, width)?;
+        Ok(Self { dtype, slots, width, row_bytes: bytes / slots.max(1), data: Vec::new() })
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -291,7 +336,7 @@ impl KvBuf {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        self.slots * self.row_bytes
     }
 
     pub(crate) fn row(&self, slot: usize) -> &[u8] {

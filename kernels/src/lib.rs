@@ -5,12 +5,16 @@ mod buf;
 pub mod cpu;
 mod host_bytes;
 mod kv_ops;
+mod limits;
+mod meter;
 #[doc(hidden)]
 pub mod testing;
 
 pub use backend::*;
 pub use buf::{Buf, KvBuf, Vector, View, ViewMut, Weight};
 pub use host_bytes::HostBytes;
+pub use limits::{Hidden, Limits};
+pub use meter::meter;
 
 /// What a backend can refuse.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -11,6 +11,13 @@ const LONG: &[(&str, &str)] = &[
     ("-sysf", "--system-prompt-file"),
     ("-pg", "--prompt-gen"),
     ("-bf", "--binary-file"),
+    ("-ngl", "--gpu-layers"),
+    ("-mg", "--main-gpu"),
+    ("-ts", "--tensor-split"),
+    ("-ot", "--override-tensor"),
+    ("-np", "--parallel"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
 ];
 
 /// Options whose value is free text, which may look like an option itself.

@@ -5,6 +5,7 @@ mod argv;
 mod bench;
 mod files;
 mod kv_eval;
+mod plan;
 mod run;
 mod shared;
 
@@ -23,6 +24,7 @@ use clap::{CommandFactory, Parser, Subcommand};
         rsinfer run demo -p \"Tell me a story.\"        an answer from the embedded model\n  \
         rsinfer run model.gguf                        chat on the terminal\n  \
         rsinfer inspect model.gguf                    what a file holds\n  \
+        rsinfer plan model.gguf -c 32768              where every byte would go\n  \
         rsinfer bench model.gguf -p 512 -n 128        how fast it runs here\n\n\
         `rsinfer COMMAND --help` explains a command.",
     arg_required_else_help = true,
@@ -35,11 +37,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Sub {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Logits(files::LogitsArgs),
     Tokenize(files::TokenizeArgs),
     Template(files::TemplateArgs),
     Inspect(files::InspectArgs),
+    Plan(Box<plan::PlanArgs>),
     Perplexity(files::PerplexityArgs),
     Bench(bench::BenchArgs),
     KvEval(kv_eval::KvEvalArgs),
@@ -54,6 +57,7 @@ pub fn parse() -> Result<Command> {
         Sub::Logits(a) => Command::Logits(a.resolve()?),
         Sub::Tokenize(a) => Command::Tokenize(a.resolve()?),
         Sub::Template(a) => Command::Template(a.resolve()?),
+        Sub::Plan(a) => Command::Plan(Box::new(a.resolve())),
         Sub::Inspect(a) => Command::Inspect(a.resolve()?),
         Sub::Perplexity(a) => Command::Perplexity(a.resolve()?),
         Sub::Bench(a) => Command::Bench(a.resolve()?),

@@ -1,5 +1,6 @@
 //! Arguments of `run`.
 
+use super::plan::PlacementArgs;
 use super::shared::{BatchArg, CacheArgs, LoadArgs, SamplingArgs};
 use crate::cmd::run::{ChatConfig, RunConfig};
 use crate::model::Source;
@@ -52,6 +53,11 @@ pub struct RunArgs {
     load: LoadArgs,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    place: PlacementArgs,
+    /// Where memory is short, choose smaller sizes that fit, and say which
+    #[arg(long)]
+    fit: bool,
     /// Go on when the model wants to end
     #[arg(long)]
     ignore_eos: bool,
@@ -131,7 +137,9 @@ impl RunArgs {
             }
             session.kv = session.kv.recording(trace::needs());
         }
+        self.place.resolve().on_cpu()?;
         Ok(RunConfig {
+            fit: self.fit,
             load: self.load.resolve(Source::parse(&name)),
             session,
             sampler: self.sampling.resolve(),

@@ -6,6 +6,7 @@ mod kld;
 pub mod kv_eval;
 pub mod logits;
 pub mod perplexity;
+pub mod plan;
 pub mod quantize;
 pub mod run;
 pub mod template;
@@ -19,6 +20,7 @@ pub enum Command {
     Template(template::Config),
     Inspect(inspect::Config),
     Perplexity(perplexity::Config),
+    Plan(Box<plan::Config>),
     Bench(bench::Config),
     KvEval(kv_eval::Config),
     Quantize(quantize::Config),
@@ -32,6 +34,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Tokenize(c) => tokenize::run(&c),
         Command::Template(c) => template::run(&c),
         Command::Inspect(c) => inspect::run(&c),
+        Command::Plan(c) => plan::run(&c),
         Command::Perplexity(c) => perplexity::run(&c),
         Command::Bench(c) => bench::run(&c),
         Command::KvEval(c) => kv_eval::run(&c),

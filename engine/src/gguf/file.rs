@@ -38,6 +38,10 @@ pub struct File {
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
     parts: Vec<Part>,
+    /// Only headers were read.
+    headers: bool,
+    /// Parts of a split model that were not found; only where headers alone are read.
+    missing: u64,
 }
 
 /// The bytes of one part.
@@ -54,31 +58,54 @@ impl File {
     /// # Errors
     /// Whatever is wrong with the file or one of its parts; see [`ErrorKind`].
     pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self, GgufError> {
-        let path = path.as_ref();
+        Self::open_parts(path.as_ref(), Some(mode))
+    }
+
+    /// Reads headers only: the tensors' data need not be there, nor the other parts of a split model
+    /// ([`File::missing_parts`]). There are no [`File::bytes`].
+    ///
+    /// # Errors
+    /// As [`File::open`], about headers.
+    pub fn headers(path: impl AsRef<Path>) -> Result<Self, GgufError> {
+        Self::open_parts(path.as_ref(), None)
+    }
+
+    /// `mode`: how the data are read; `None`: not at all.
+    fn open_parts(path: &Path, mode: Option<OpenMode>) -> Result<Self, GgufError> {
         let (header, part) = load(path, mode)?;
         let count = split::count(&header).map_err(|e| GgufError::new(path, e))?;
         if count == 1 {
-            return Self::join(path.into(), vec![(header, part)]);
+            return Ok(Self { headers: mode.is_none(), ..Self::join(path.into(), vec![(header, part)])? });
         }
         let name = SplitName::of(path)
             .filter(|n| n.count == count)
             .ok_or_else(|| GgufError::new(path, ErrorKind::SplitName { count }))?;
         split::check(&header, name.index, count).map_err(|e| GgufError::new(path, e))?;
         let mut given = Some((header, part));
-        let mut parts = Vec::new();
+        let (mut parts, mut absent) = (Vec::new(), 0);
         for i in 0..count {
             let part_path = name.part(i);
             let (header, part) = match given.take_if(|_| i == name.index) {
                 Some(already) => already,
-                None => load(&part_path, mode).map_err(|e| missing(e, i, count))?,
+                None => match load(&part_path, mode).map_err(|e| missing(e, i, count)) {
+                    Err(e)
+                        if mode.is_none() && i > 0 && matches!(e.kind(), ErrorKind::SplitMissing { .. }) =>
+                    {
+                        absent += 1;
+                        continue;
+                    }
+                    other => other?,
+                },
             };
             split::check(&header, i, count).map_err(|e| GgufError::new(&part_path, e))?;
             parts.push((header, part));
         }
         let total = parts.iter().map(|(h, _)| h.tensors.len() as u64).sum();
         let (first, part) = &parts[0];
-        split::expect(first, split::KEY_TENSORS, total).map_err(|e| GgufError::new(&part.path, e))?;
-        Self::join(path.into(), parts)
+        if absent == 0 {
+            split::expect(first, split::KEY_TENSORS, total).map_err(|e| GgufError::new(&part.path, e))?;
+        }
+        Ok(Self { headers: mode.is_none(), missing: absent, ..Self::join(path.into(), parts)? })
     }
 
     /// Reads a file embedded in the program. `name` stands for the path in messages. The bytes are used where they are if
@@ -123,6 +150,8 @@ impl File {
             tensors: Vec::new(),
             index: HashMap::new(),
             parts: Vec::new(),
+            headers: false,
+            missing: 0,
         };
         for (i, (header, part)) in parts.into_iter().enumerate() {
             if i == 0 {
@@ -166,6 +195,16 @@ impl File {
         self.parts.len()
     }
 
+    /// Whether the tensors' data are there.
+    pub fn has_data(&self) -> bool {
+        !self.headers
+    }
+
+    /// Parts of a split model that [`File::headers`] did not find.
+    pub fn missing_parts(&self) -> u64 {
+        self.missing
+    }
+
     /// The paths of all parts.
     pub fn part_paths(&self) -> impl Iterator<Item = &Path> {
         self.parts.iter().map(|p| p.path.as_path())
@@ -189,7 +228,7 @@ impl File {
     /// The data of a tensor, `n_bytes` of them, aligned in memory to at least 8 bytes.
     ///
     /// # Panics
-    /// If `tensor` is not one of this file's [`File::tensors`].
+    /// If `tensor` is not one of this file's [`File::tensors`], or only headers were read.
     pub fn bytes(&self, tensor: &TensorInfo) -> HostBytes {
         let part = self.parts.get(tensor.part);
         part.and_then(|p| p.bytes.slice(range(tensor)))
@@ -240,11 +279,11 @@ fn missing(e: GgufError, index: u64, count: u64) -> GgufError {
 }
 
 /// Opens one file and parses its header.
-fn load(path: &Path, mode: OpenMode) -> Result<(Header, Part), GgufError> {
+fn load(path: &Path, mode: Option<OpenMode>) -> Result<(Header, Part), GgufError> {
     read_part(path, mode).map_err(|e| GgufError::new(path, e))
 }
 
-fn read_part(path: &Path, mode: OpenMode) -> Result<(Header, Part), ErrorKind> {
+fn read_part(path: &Path, mode: Option<OpenMode>) -> Result<(Header, Part), ErrorKind> {
     // Looked at before opening: opening a pipe would wait for its other end.
     let meta = fs::metadata(path)?;
     if meta.is_dir() {
@@ -259,13 +298,20 @@ fn read_part(path: &Path, mode: OpenMode) -> Result<(Header, Part), ErrorKind> {
         return Err(ErrorKind::Empty);
     }
     let part = match mode {
-        OpenMode::Mmap => {
+        None => {
+            let header = header::parse_alone(Map::new(&file)?.as_ref())?;
+            return Ok((
+                header,
+                Part { path: path.into(), bytes: HostBytes::from_vec(Vec::new()), map: None },
+            ));
+        }
+        Some(OpenMode::Mmap) => {
             let map = Arc::new(Map::new(&file)?);
             let len = (*map).as_ref().len();
             let bytes = HostBytes::new(map.clone(), 0..len).expect("the whole map");
             Part { path: path.into(), bytes, map: Some(map) }
         }
-        OpenMode::Read => {
+        Some(OpenMode::Read) => {
             // The magic first: a huge file of another format is refused without reading it.
             let mut start = Vec::with_capacity(16);
             (&mut file).take(16).read_to_end(&mut start)?;

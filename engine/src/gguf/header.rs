@@ -30,6 +30,15 @@ pub(super) struct Header {
 
 /// Reads the header off the start of `file`, all of whose bytes are given.
 pub(super) fn parse(file: &[u8]) -> Result<Header, ErrorKind> {
+    parse_of(file, file.len() as u64)
+}
+
+/// The same for a file whose data may be missing.
+pub(super) fn parse_alone(file: &[u8]) -> Result<Header, ErrorKind> {
+    parse_of(file, u64::MAX)
+}
+
+fn parse_of(file: &[u8], len: u64) -> Result<Header, ErrorKind> {
     check_magic(file)?;
     let mut c = Cursor::new(&file[..file.len().min(MAX_HEADER)]);
     c.take(4, What::Header)?;
@@ -67,7 +76,7 @@ pub(super) fn parse(file: &[u8]) -> Result<Header, ErrorKind> {
         tensors.push(t);
     }
 
-    place(&mut tensors, (c.position() as u64).next_multiple_of(alignment), file.len() as u64)?;
+    place(&mut tensors, (c.position() as u64).next_multiple_of(alignment), len)?;
     Ok(Header { version, alignment, metadata, tensors })
 }
 

@@ -138,19 +138,28 @@ impl ArenaOptions {
     /// # Errors
     /// Sizes or types that are not possible.
     pub(crate) fn bytes(&self, specs: &[LayerSpec], types: CacheTypes) -> Result<usize, EngineError> {
+        Ok(self.layer_bytes(specs, types)?.iter().sum())
+    }
+
+    /// The same for each layer.
+    pub(crate) fn layer_bytes(
+        &self,
+        specs: &[LayerSpec],
+        types: CacheTypes,
+    ) -> Result<Vec<usize>, EngineError> {
         self.check()?;
-        let mut sum = 0;
+        let mut all = vec![0; specs.len()];
         for (kind, layers) in self.groups(specs) {
             let slots = self.slots(&kind)?;
             for l in layers {
-                sum += types.bytes(&specs[l], slots)?;
+                all[l] = types.bytes(&specs[l], slots)?;
                 if let Kind::Set(s) = &kind {
                     let masses = usize::from(s.needs.mass_total) + usize::from(s.needs.mass_recent > 0);
-                    sum += masses * s.geometry.kv_heads * slots * 4;
+                    all[l] += masses * s.geometry.kv_heads * slots * 4;
                 }
             }
         }
-        Ok(sum)
+        Ok(all)
     }
 
     /// What it asks of forward passes, and whether attention mass is recorded.

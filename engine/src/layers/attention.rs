@@ -7,7 +7,7 @@ use crate::kv::policy::{AttentionKind, LayerGeometry, Rotary};
 use crate::kv::{Arena, LayerSpec, SecondKind};
 use crate::layers::rope::{Angles, Rope};
 use crate::weights::Loader;
-use kernels::{Attention, Buf, Device, Product, RopeHeads, RopeStyle, Vector, View, Weight, Write};
+use kernels::{Attention, Buf, Device, Limits, Product, RopeHeads, RopeStyle, Vector, View, Weight, Write};
 
 /// The attention geometry of a model.
 #[derive(Clone, Copy, Debug)]
@@ -143,6 +143,11 @@ impl Gqa {
             o: linear("attn_output", s.d, s.heads * s.value)?,
             norms,
         })
+    }
+
+    /// Adds what it will ask of a device.
+    pub fn limits(&self, l: &mut Limits) {
+        [&self.q, &self.k, &self.v, &self.o].into_iter().for_each(|w| l.product(&w.0));
     }
 
     /// `out (=|+=) W_o attention(h)`; h `[n, d]` is normed.

@@ -2,7 +2,7 @@
 
 use crate::EngineError;
 use crate::weights::Loader;
-use kernels::{Buf, Device, Vector, View, Weight, Write};
+use kernels::{Buf, Device, Limits, Vector, View, Weight, Write};
 
 /// Rows whose logits are computed at once: bounds the memory that logits take.
 pub const HEAD_ROWS: usize = 16;
@@ -40,6 +40,11 @@ impl Head {
     pub fn bufs(&self, dev: &Device, tokens: usize) -> Result<HeadBufs, EngineError> {
         let n = HEAD_ROWS.min(tokens);
         Ok(HeadBufs { rows: dev.alloc(n, self.weight.cols())?, logits: dev.alloc(n, self.n_vocab())? })
+    }
+
+    /// Adds what it will ask of a device.
+    pub fn limits(&self, l: &mut Limits) {
+        l.product(&self.weight);
     }
 
     /// Logits `[rows.len(), vocab]` of the given rows of the residual stream x `[n, d]`, appended to `out`.

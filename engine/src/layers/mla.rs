@@ -7,7 +7,9 @@ use crate::kv::{Arena, LayerSpec, SecondKind};
 use crate::layers::rope::{Angles, Rope};
 use crate::model::Extras;
 use crate::weights::Loader;
-use kernels::{Buf, Device, Mla as MlaOp, MlaUp, RopeHeads, RopeStyle, Vector, View, ViewMut, Weight, Write};
+use kernels::{
+    Buf, Device, Limits, Mla as MlaOp, MlaUp, RopeHeads, RopeStyle, Vector, View, ViewMut, Weight, Write,
+};
 
 /// The attention geometry of a model.
 #[derive(Clone, Copy, Debug)]
@@ -157,6 +159,19 @@ impl Mla {
             up,
             o: w.matrix(&name("attn_output"), s.d, s.heads * s.value)?,
         })
+    }
+
+    /// Adds what it will ask of a device.
+    pub fn limits(&self, l: &mut Limits) {
+        match &self.q {
+            Query::Direct(w) => l.product(w),
+            Query::Compressed { a, b, .. } => [a, b].into_iter().for_each(|w| l.product(w)),
+        }
+        match &self.up {
+            Up::Split { k_b, v_b, .. } => [k_b, v_b].into_iter().for_each(|w| l.product(w)),
+            Up::Joint { kv_b } => l.product(kv_b),
+        }
+        [&self.kv_a, &self.o].into_iter().for_each(|w| l.product(w));
     }
 
     /// Queries as keys are cached: per head `[W_k^b q_nope | q_pe]`, q rotated; into the first of `to`.

@@ -5,7 +5,7 @@ use super::ffn::Dense;
 use crate::EngineError;
 use crate::weights::Loader;
 use kernels::{
-    Activation, Device, Ffn, Gating, Groups, Router, Routes, Vector, View, ViewMut, Weight, Write,
+    Activation, Device, Ffn, Gating, Groups, Limits, Router, Routes, Vector, View, ViewMut, Weight, Write,
 };
 
 /// The routing rules of a model.
@@ -59,6 +59,10 @@ impl Moe {
         })
     }
 
+    fn experts(&self) -> Ffn<'_> {
+        Ffn { gate: &self.gate, up: &self.up, down: &self.down, act: Activation::Silu }
+    }
+
     /// `out (=|+=)` the weighted experts' and the shared experts' outputs for h `[n, d]`.
     pub fn forward(
         &self,
@@ -79,8 +83,7 @@ impl Moe {
             scale: r.scale,
         };
         dev.route(router, h, routes)?;
-        let experts = Ffn { gate: &self.gate, up: &self.up, down: &self.down, act: Activation::Silu };
-        dev.moe(experts, routes, self.shared.as_ref().map(Dense::op), h, out, write)?;
+        dev.moe(self.experts(), routes, self.shared.as_ref().map(Dense::op), h, out, write)?;
         Ok(())
     }
 }
@@ -94,6 +97,17 @@ pub enum FeedForward {
 }
 
 impl FeedForward {
+    /// Adds what it will ask of a device.
+    pub fn limits(&self, l: &mut Limits) {
+        match self {
+            Self::Dense(f) => l.ffn(f.op()),
+            Self::Moe(m) => {
+                l.experts(m.experts(), m.rules.used);
+                m.shared.iter().for_each(|f| l.ffn(f.op()));
+            }
+        }
+    }
+
     /// `out (=|+=) ffn(h)`.
     pub fn forward(
         &self,

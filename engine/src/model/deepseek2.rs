@@ -25,8 +25,6 @@ struct Layer {
 pub struct DeepSeek2 {
     dev: Device,
     attn: Shape,
-    /// Widest hidden layer one token uses.
-    hidden: usize,
     rope: Rope,
     embed: Weight,
     layers: Vec<Layer>,
@@ -64,8 +62,7 @@ impl DeepSeek2 {
             });
         }
         let head = Head::load(w, &embed, attn.eps)?;
-        let moe_hidden = routing.map_or(0, |r| r.hidden * (r.used + r.shared));
-        Ok(Self { dev: dev.clone(), attn, hidden: dense_hidden.max(moe_hidden), rope, embed, layers, head })
+        Ok(Self { dev: dev.clone(), attn, rope, embed, layers, head })
     }
 
     /// Head dimensions and the rotary embedding with YaRN's two conventions.
@@ -157,11 +154,15 @@ impl Network for DeepSeek2 {
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let a = &self.attn;
-        let max_in = a.d.max(self.hidden).max(a.heads * a.value).max(a.q_lora.unwrap_or(0));
-        let max_heads_out = a.heads * a.latent.max(a.value);
-        let (max_hidden, heads) = (self.hidden, a.heads);
-        Limits { tokens, max_in, max_hidden, max_heads_out, slots, heads, mass: false }
+        let (heads, max_heads_out) =
+            (self.attn.heads, self.attn.heads * self.attn.latent.max(self.attn.value));
+        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
+        for layer in &self.layers {
+            layer.attn.limits(&mut l);
+            layer.ffn.limits(&mut l);
+        }
+        self.head.limits(&mut l);
+        l
     }
 
     fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {

@@ -23,7 +23,6 @@ struct Layer {
 pub struct Llama {
     dev: Device,
     attn: Shape,
-    hidden: usize,
     eps: f32,
     window: Option<usize>,
     rope: Rope,
@@ -68,7 +67,7 @@ impl Llama {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        Ok(Self { dev: dev.clone(), attn, hidden, eps, window, rope, embed, layers, head })
+        Ok(Self { dev: dev.clone(), attn, eps, window, rope, embed, layers, head })
     }
 }
 
@@ -83,10 +82,14 @@ impl Network for Llama {
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let a = &self.attn;
-        let max_in = a.d.max(self.hidden).max(a.heads * a.value);
-        let (heads, max_hidden) = (a.heads, self.hidden);
-        Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
+        let (heads, max_heads_out) = (self.attn.heads, self.attn.heads * self.attn.value);
+        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
+        for layer in &self.layers {
+            layer.attn.limits(&mut l);
+            l.ffn(layer.ffn.op());
+        }
+        self.head.limits(&mut l);
+        l
     }
 
     fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {

@@ -63,6 +63,14 @@ pub trait Runner: Send {
 /// # Errors
 /// An architecture, key, value or tensor that is not implemented is named.
 pub fn load(file: &File, dev: &Device) -> Result<Arc<dyn Network>, EngineError> {
+    Ok(load_any(file, dev)?.0)
+}
+
+/// The same for files of which only headers were read, for planning; and the tensors that parts not found must hold.
+pub fn load_any(
+    file: &File,
+    dev: &Device,
+) -> Result<(Arc<dyn Network>, Vec<crate::gguf::TensorInfo>), EngineError> {
     let meta = file.metadata();
     let arch = meta.need("general.architecture", meta.str("general.architecture"))?;
     let hyper = Hyper::new(meta, arch);
@@ -79,6 +87,6 @@ pub fn load(file: &File, dev: &Device) -> Result<Arc<dyn Network>, EngineError> 
         }
     };
     hyper.finish()?;
-    weights.finish()?;
-    Ok(network)
+    let guessed = weights.finish()?;
+    Ok((network, guessed))
 }

@@ -24,8 +24,6 @@ struct Layer {
 pub struct Qwen {
     dev: Device,
     attn: Shape,
-    /// Widest hidden layer one token uses.
-    hidden: usize,
     eps: f32,
     rope: Rope,
     embed: Weight,
@@ -71,7 +69,7 @@ impl Qwen {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        Ok(Self { dev: dev.clone(), attn, hidden, eps, rope, embed, layers, head })
+        Ok(Self { dev: dev.clone(), attn, eps, rope, embed, layers, head })
     }
 
     fn routing(h: &Hyper<'_>) -> Result<Routing, EngineError> {
@@ -107,10 +105,14 @@ impl Network for Qwen {
     }
 
     fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let a = &self.attn;
-        let max_in = a.d.max(self.hidden).max(a.heads * a.value);
-        let (heads, max_hidden) = (a.heads, self.hidden);
-        Limits { tokens, max_in, max_hidden, max_heads_out: heads * a.value, slots, heads, mass: false }
+        let (heads, max_heads_out) = (self.attn.heads, self.attn.heads * self.attn.value);
+        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
+        for layer in &self.layers {
+            layer.attn.limits(&mut l);
+            layer.ffn.limits(&mut l);
+        }
+        self.head.limits(&mut l);
+        l
     }
 
     fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {

@@ -19,15 +19,15 @@ use super::isa::Isa;
 use super::quantized::{Block, Quantized};
 use super::table::{self, Kernel, SEVERAL};
 use crate::backend::{Product, Write};
-use crate::{Vector, View, ViewMut, Weight};
-use std::cell::RefCell;
+use crate::{KernelError, Vector, View, ViewMut, Weight};
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 /// Rows that the kernels for many columns take at once.
 pub const TILE: usize = 32;
 
 /// Bytes of weights that one claimed piece of work reads, about: long enough to stream, short enough to balance.
-const CHUNK_BYTES: usize = 64 << 10;
+pub const CHUNK_BYTES: usize = 64 << 10;
 
 /// The same for a single column, whose kernel reads four streams at once: each is a quarter of this and costs a few misses to
 /// begin.
@@ -147,6 +147,20 @@ pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
 thread_local! {
     static ROUNDED: RefCell<Quantized> = RefCell::default();
     static RESULT: RefCell<Vec<f32>> = RefCell::default();
+    static RESERVED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Makes room for `n` results in this thread's scratch, which does not grow beyond from now on.
+pub fn reserve_results(n: usize) -> Result<(), KernelError> {
+    let mut v = RESULT.take();
+    if v.len() < n {
+        v = Vec::new();
+        v.try_reserve_exact(n).map_err(|_| KernelError::Memory { what: "scratch", bytes: 4 * n })?;
+        v.resize(n, 0.0);
+    }
+    RESULT.set(v);
+    RESERVED.set(true);
+    Ok(())
 }
 
 /// Calls `f` with this thread's scratch for `len` results (not cleared).
@@ -154,6 +168,7 @@ pub fn with_scratch<T>(len: usize, f: impl FnOnce(&mut [f32]) -> T) -> T {
     // Taken out, not borrowed: `f` may call this again.
     let mut v = RESULT.take();
     if v.len() < len {
+        debug_assert!(!RESERVED.get(), "{len} results, {} are reserved", v.len());
         v.resize(len, 0.0);
     }
     let t = f(&mut v[..len]);

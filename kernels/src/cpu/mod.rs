@@ -12,6 +12,7 @@ mod ops;
 mod pool;
 mod portable;
 pub mod quantized;
+mod reserve;
 mod round;
 mod router;
 mod scalar;
@@ -26,7 +27,7 @@ mod x86_64;
 pub use pool::Pool;
 
 use crate::backend::*;
-use crate::{Buf, KernelError, KvBuf, Vector, View, ViewMut, Weight};
+use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight};
 use quant::DType;
 use scratch::Shared;
 use std::ops::Range;
@@ -37,6 +38,11 @@ struct Memory {
     attention: attention::Memory,
     moe: moe::Memory,
     router: router::Memory,
+}
+
+/// Bytes of working memory of a backend with `threads` threads for calls within `limits`.
+pub fn scratch_bytes(limits: &Limits, threads: usize) -> usize {
+    reserve::Sizes::of(limits, threads, isa::Isa::current()).bytes
 }
 
 /// Runs everything on the host's cores; weights stay where they are (mapped), never repacked.
@@ -81,17 +87,29 @@ impl Backend for CpuBackend {
         format!("cpu ({}, {} threads)", isa::Isa::current().name(), self.pool.threads())
     }
 
-    fn reserve(&self, limits: &Limits) -> Result<usize, KernelError> {
+    fn scratch_bytes(&self, limits: &Limits) -> usize {
+        scratch_bytes(limits, self.pool.threads())
+    }
+
+    fn reserve(&self, limits: &Limits) -> Result<(), KernelError> {
         isa::Isa::active()?;
+        let sizes = reserve::Sizes::of(limits, self.pool.threads(), self.isa);
         let mut mem = self.memory();
-        let fixed = mem.attention.areas.bytes();
-        let states = mem.attention.store.reserve(attention::Memory::floats(limits))?;
-        let rounded = mem.moe.reserve(limits.tokens, limits.max_in, limits.max_hidden)?;
-        Ok(fixed + states + rounded)
+        mem.attention.store.reserve(sizes.store)?;
+        mem.moe.reserve(limits)?;
+        mem.router.reserve(limits);
+        let failed = Mutex::new(None);
+        self.pool.on_all(|| {
+            if let Err(e) = matmul::reserve_results(sizes.results) {
+                *failed.lock().unwrap_or_else(|e| e.into_inner()) = Some(e);
+            }
+            table::reserve(self.isa, sizes.unpack);
+        });
+        failed.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {
-        Ok(Buf::host(rows, cols))
+        Buf::host(rows, cols)
     }
 
     fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError> {

@@ -9,7 +9,7 @@ use super::scratch::Shared;
 use super::table::SEVERAL;
 use super::{Pool, ops};
 use crate::backend::{Ffn, Routes, Write};
-use crate::{KernelError, View, ViewMut};
+use crate::{KernelError, Limits, View, ViewMut};
 use std::ops::Range;
 
 /// What the layers work in, kept between calls.
@@ -23,16 +23,32 @@ pub struct Memory {
     /// (token, rank) pairs by expert, and where each pair went.
     order: Vec<u32>,
     place: Vec<u32>,
+    /// Nothing grows any more.
+    reserved: bool,
 }
 
 impl Memory {
-    /// Makes room for `tokens` rows of at most these widths; returns the bytes.
-    pub fn reserve(&mut self, tokens: usize, max_in: usize, max_hidden: usize) -> Result<usize, KernelError> {
-        self.x.resize(tokens, max_in);
-        for q in &mut self.rounded {
-            q.resize(tokens, max_hidden);
+    /// Makes room for calls within the limits.
+    pub fn reserve(&mut self, l: &Limits) -> Result<(), KernelError> {
+        let pairs = l.tokens * l.used;
+        self.x.reserve(l.tokens, l.max_in)?;
+        for ((h, n), (rounded, float)) in [(l.hidden, l.tokens), (l.routed, pairs)]
+            .into_iter()
+            .zip(self.rounded.iter_mut().zip(&mut self.float))
+        {
+            rounded.reserve(n, h.rounded)?;
+            let floats = n * h.float;
+            if floats > float.len() {
+                *float = Vec::new();
+                let fail = |_| KernelError::Memory { what: "hidden activations", bytes: 4 * floats };
+                float.try_reserve_exact(floats).map_err(fail)?;
+                float.resize(floats, 0.0);
+            }
         }
-        Ok(self.x.bytes() + self.rounded.iter().map(Quantized::bytes).sum::<usize>())
+        self.order.reserve_exact(pairs.saturating_sub(self.order.len()));
+        self.place.reserve_exact(pairs.saturating_sub(self.place.len()));
+        self.reserved = true;
+        Ok(())
     }
 }
 
@@ -94,7 +110,7 @@ fn layers(
     if all().any(|f| needs_quantized(f.gate) || needs_quantized(f.up)) {
         mem.x.set_with(isa, pool, x);
     }
-    let Memory { x: rounded_x, rounded, float, order, place } = mem;
+    let Memory { x: rounded_x, rounded, float, order, place, reserved } = mem;
     let input = Input { float: x, quantized: Some(rounded_x) };
     // Pairs sorted by expert, in token order within one.
     order.clear();
@@ -105,7 +121,8 @@ fn layers(
     for (at, &p) in order.iter().enumerate() {
         place[p as usize] = at as u32;
     }
-    let mut units: Vec<Unit<'_>> = Vec::with_capacity(n * used + 1);
+    let mut units: Vec<Unit<'_>> =
+        Vec::with_capacity(experts.map_or(0, |f| f.gate.count().min(n * used)) + 1);
     if let Some(f) = shared {
         let x = [columns(f.gate, input, 0..n), columns(f.up, input, 0..n)];
         units.push(Unit { f, m: 0, bank: 0, rows: 0..n, x });
@@ -132,6 +149,7 @@ fn layers(
             Bank::Rounded(rounded.writer())
         } else {
             if float.len() < rows * width {
+                debug_assert!(!*reserved, "{rows} hidden rows of {width} were not reserved");
                 float.resize(rows * width, 0.0);
             }
             Bank::Float(Shared(float.as_mut_ptr()), width)

@@ -6,7 +6,7 @@ use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,19 @@ impl Pool {
     /// Threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Calls `f` once on every thread, the caller's included.
+    pub fn on_all(&self, f: impl Fn() + Sync) {
+        if self.workers.is_empty() || INSIDE.get() {
+            return f();
+        }
+        // Nobody takes a second index before everybody has the first.
+        let all = Barrier::new(self.threads());
+        self.run(self.threads(), |_| {
+            all.wait();
+            f();
+        });
     }
 
     /// [`Pool::run`], or a plain loop where `work` (multiply-adds, or values) is too little to share.
@@ -235,6 +248,22 @@ mod tests {
                         "{threads} threads, {tasks} tasks"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn on_all_reaches_every_thread_once() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads);
+            for _ in 0..20 {
+                let seen = Mutex::new(Vec::new());
+                pool.on_all(|| seen.lock().unwrap().push(std::thread::current().id()));
+                let mut seen = seen.into_inner().unwrap();
+                assert_eq!(seen.len(), threads);
+                seen.sort_by_key(|id| format!("{id:?}"));
+                seen.dedup();
+                assert_eq!(seen.len(), threads);
             }
         }
     }

@@ -4,7 +4,7 @@
 use super::Pool;
 use super::isa::Isa;
 use super::round::round;
-use crate::View;
+use crate::{KernelError, View};
 
 /// Values in a [`Block`].
 pub const BLOCK: usize = 256;
@@ -54,6 +54,12 @@ pub struct Quantized {
     stride: usize,
     rows: usize,
     cols: usize,
+    reserved: bool,
+}
+
+/// Blocks from one row to the next. Odd, so that the same block of eight rows falls into different sets of the cache.
+fn stride(cols: usize) -> usize {
+    cols.div_ceil(BLOCK) | 1
 }
 
 struct Rows(*mut Block);
@@ -85,13 +91,31 @@ impl Quantized {
 
     /// Makes room for `[rows, cols]`, to be filled by [`Quantized::set_row`].
     pub fn resize(&mut self, rows: usize, cols: usize) {
-        let blocks = cols.div_ceil(BLOCK);
-        // Odd, so that the same block of eight rows falls into different sets of the cache.
-        let stride = blocks | 1;
+        let (blocks, stride) = (cols.div_ceil(BLOCK), stride(cols));
         if self.data.len() < rows * stride {
+            debug_assert!(!self.reserved, "{rows} rounded rows of {cols} were not reserved");
             self.data.resize(rows * stride, Block::ZERO);
         }
         (self.rows, self.cols, self.blocks, self.stride) = (rows, cols, blocks, stride);
+    }
+
+    /// Bytes of a matrix `[rows, cols]`; none where there are no columns.
+    pub fn size(rows: usize, cols: usize) -> usize {
+        if cols == 0 { 0 } else { rows * stride(cols) * size_of::<Block>() }
+    }
+
+    /// Makes room for any matrix of at most as many rows and columns, and from now on for no larger one.
+    pub fn reserve(&mut self, rows: usize, cols: usize) -> Result<(), KernelError> {
+        let bytes = Self::size(rows, cols);
+        let blocks = bytes / size_of::<Block>();
+        if blocks > self.data.len() {
+            self.data = Vec::new();
+            let fail = |_| KernelError::Memory { what: "rounded activations", bytes };
+            self.data.try_reserve_exact(blocks).map_err(fail)?;
+            self.data.resize(blocks, Block::ZERO);
+        }
+        self.reserved = true;
+        Ok(())
     }
 
     /// Rounds one row, on the calling thread.
@@ -118,11 +142,6 @@ impl Quantized {
     /// Columns.
     pub fn cols(&self) -> usize {
         self.cols
-    }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        self.data.capacity() * size_of::<Block>()
     }
 
     /// Row `i`; the values after the last column are zeros.

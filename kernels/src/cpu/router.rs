@@ -6,8 +6,8 @@ use super::lanes::{Kernel, Simd, W};
 use super::matmul::with_scratch;
 use super::scratch::Shared;
 use super::{Pool, math};
-use crate::View;
 use crate::backend::{Gating, GroupScore, Router, Routes};
+use crate::{Limits, View};
 use quant::DType;
 
 /// Kept between calls.
@@ -18,6 +18,14 @@ pub struct Memory {
     groups: Vec<f32>,
     chosen: Vec<usize>,
     kept: Vec<usize>,
+}
+
+impl Memory {
+    /// Makes room for calls within the limits.
+    pub fn reserve(&mut self, l: &Limits) {
+        self.logits.reserve_exact((l.tokens * l.experts).saturating_sub(self.logits.len()));
+        self.choice.reserve_exact(l.experts.saturating_sub(self.choice.len()));
+    }
 }
 
 struct Dot(*const f32, *const f32, usize);

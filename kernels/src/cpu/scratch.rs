@@ -32,9 +32,9 @@ impl Areas {
         Self((0..n).map(|_| area()).collect())
     }
 
-    /// Bytes of all areas.
-    pub fn bytes(&self) -> usize {
-        self.0.len() * (AREA + LINE) * 4
+    /// Bytes of `n` areas.
+    pub fn size(n: usize) -> usize {
+        n * (AREA + LINE) * 4
     }
 
     /// A free area. There are as many as threads, so the wait is for another caller's short loop at most.

@@ -58,6 +58,28 @@ pub fn rounds_activations(dtype: DType) -> bool {
     !matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
+/// Bytes of a thread's memory that the kernels of `isa` keep for weights with rows of at most `max_in` values.
+pub fn scratch_bytes(isa: Isa, max_in: usize) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => avx512::scratch_bytes(max_in),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2(_) => avx2::scratch_bytes(max_in),
+        _ => 0,
+    }
+}
+
+/// Allocates it, for the calling thread.
+pub fn reserve(isa: Isa, max_in: usize) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => avx512::reserve(max_in),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2(_) => avx2::reserve(max_in),
+        _ => _ = max_in,
+    }
+}
+
 /// The kernels for `dtype` on `isa`.
 pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
     macro_rules! same {

@@ -120,9 +120,11 @@ pub fn run(c: &Config) -> Result<()> {
         let model = match loaded.take() {
             Some((s, model)) if reuse(&s) => model,
             _ => {
-                LoadConfig { source: setup.source.clone(), mmap: setup.mmap, threads: setup.threads }
-                    .load()?
-                    .0
+                let mut load =
+                    LoadConfig { source: setup.source.clone(), mmap: setup.mmap, threads: setup.threads };
+                let longest = c.tests.iter().map(|t| t.depth + t.prompt + t.generated).max().unwrap_or(1);
+                load.plan(&mut setup.session(longest), false)?;
+                load.load()?.0
             }
         };
         loaded = Some((setup.clone(), model.clone()));

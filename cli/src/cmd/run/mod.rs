@@ -20,6 +20,8 @@ use std::time::Duration;
 pub struct RunConfig {
     pub load: LoadConfig,
     pub session: SessionConfig,
+    /// Choose what fits the memory.
+    pub fit: bool,
     pub sampler: SamplerOptions,
     pub generate: GenerateOptions,
     /// `None`: a conversation on the terminal (with `raw` and no terminal: the empty text).

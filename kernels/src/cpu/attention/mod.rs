@@ -21,8 +21,8 @@ use super::isa::Isa;
 use super::lanes::{Kernel, Simd, W, padded};
 use super::math::LOG2_E;
 use super::scratch::{AREA, Areas, Cut, Shared, Store};
-use crate::backend::{Attention, Limits, Mass, Visible};
-use crate::{KernelError, ViewMut};
+use crate::backend::{Attention, Mass, Visible};
+use crate::{KernelError, Limits, ViewMut};
 use mass::{OverRows, Stats, Target};
 use rows::{Plan, TileRows, part_len, parts};
 use std::ops::Range;
@@ -43,6 +43,9 @@ struct Job {
     part: usize,
     at: usize,
 }
+
+/// Bytes that a thread keeps of a rounded query.
+pub const PER_THREAD: usize = 16 << 10;
 
 /// Floats of decoding state that one pass over rows holds where the row does not need more.
 const PASS: usize = 1 << 20;

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::KernelError;
-use crate::backend::{Limits, Mass};
+use crate::Limits;
+use crate::backend::Mass;
 use std::ops::Range;
 
 /// What the buffer holds before a call: mass is added to it.

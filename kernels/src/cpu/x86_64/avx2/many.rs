@@ -51,6 +51,27 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { tile: vec![], lanes: vec![] }) };
 }
 
+/// Cache lines of the tile buffer for rows of `groups` groups, of any format, and of the lanes.
+const fn sizes(groups: usize) -> [usize; 2] {
+    [groups * 8 * (8 + 3), 8 * COLUMNS]
+}
+
+/// Bytes that a thread keeps for rows of `groups` groups.
+pub const fn scratch_bytes(groups: usize) -> usize {
+    let [tile, lanes] = sizes(groups);
+    (tile + lanes) * size_of::<Line>()
+}
+
+/// Allocates them.
+pub fn reserve(groups: usize) {
+    let [tile, lanes] = sizes(groups);
+    SCRATCH.with_borrow_mut(|s| {
+        s.tile.reserve_exact(tile.saturating_sub(s.tile.len()));
+        s.tile.resize(tile.max(s.tile.len()), Line([0; 64]));
+        s.lanes.resize(lanes, Line([0; 64]));
+    });
+}
+
 /// `sc * (q - offset)` for 32 bytes with one scale per 16.
 #[target_feature(enable = "avx2")]
 #[inline]

@@ -43,6 +43,19 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Group>> = const { RefCell::new(vec![]) };
 }
 
+/// Bytes that a thread keeps for rows of `groups` groups.
+pub const fn scratch_bytes(groups: usize) -> usize {
+    groups * COLUMNS * size_of::<Group>()
+}
+
+/// Allocates them.
+pub fn reserve(groups: usize) {
+    SCRATCH.with_borrow_mut(|s| {
+        s.reserve_exact((groups * COLUMNS).saturating_sub(s.len()));
+        s.resize(s.len().max(groups * COLUMNS), Group::ZERO);
+    });
+}
+
 /// Dword k of register b to dword b of register k.
 ///
 /// # Safety

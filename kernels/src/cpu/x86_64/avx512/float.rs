@@ -205,6 +205,26 @@ thread_local! {
         const { std::cell::RefCell::new(Scratch { w: vec![], x: vec![], lanes: vec![] }) };
 }
 
+const W_LINES: usize = 2 * ROWS * STEPS;
+const X_LINES: usize = 2 * COLUMNS * STEPS;
+const LANES_LINES: usize = 2 * ROWS * COLUMNS;
+
+/// Bytes that a thread keeps.
+pub const SCRATCH_BYTES: usize = (W_LINES + X_LINES + LANES_LINES) * size_of::<Half>();
+
+impl Scratch {
+    fn fill(&mut self) {
+        self.w.resize(W_LINES, Half([0.0; 16]));
+        self.x.resize(X_LINES, Half([0.0; 16]));
+        self.lanes.resize(LANES_LINES, Half([0.0; 16]));
+    }
+}
+
+/// Allocates them.
+pub fn reserve() {
+    SCRATCH.with_borrow_mut(Scratch::fill);
+}
+
 /// Adds `steps` steps of `R` rows times `C` columns to one half of their lanes: half the lanes at a time, so that a register
 /// loaded serves four or six products and not two or three.
 ///
@@ -259,9 +279,7 @@ pub unsafe fn many<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f
     let n = w.len() / row_bytes;
     let len = row_bytes / F::BYTES;
     let mut s = SCRATCH.replace(Scratch { w: vec![], x: vec![], lanes: vec![] });
-    s.w.resize(2 * ROWS * STEPS, Half([0.0; 16]));
-    s.x.resize(2 * COLUMNS * STEPS, Half([0.0; 16]));
-    s.lanes.resize(2 * ROWS * COLUMNS, Half([0.0; 16]));
+    s.fill();
     for r0 in (0..n).step_by(ROWS) {
         let rows = ROWS.min(n - r0);
         for c0 in (0..x.len()).step_by(COLUMNS) {

@@ -59,6 +59,28 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { tile: vec![], lanes: vec![] }) };
 }
 
+/// Cache lines of the tile buffer for rows of `groups` groups, of any shape, and of the lanes.
+const fn sizes(groups: usize) -> [usize; 2] {
+    let (tile, several) = (groups * 8 * lines(shape::MIN16), UNPACKED / size_of::<Line>());
+    [if tile > several { tile } else { several }, 16 * COLUMNS]
+}
+
+/// Bytes that a thread keeps for rows of `groups` groups.
+pub const fn scratch_bytes(groups: usize) -> usize {
+    let [tile, lanes] = sizes(groups);
+    (tile + lanes) * size_of::<Line>()
+}
+
+/// Allocates them.
+pub fn reserve(groups: usize) {
+    let [tile, lanes] = sizes(groups);
+    SCRATCH.with_borrow_mut(|s| {
+        s.tile.reserve_exact(tile.saturating_sub(s.tile.len()));
+        s.tile.resize(tile.max(s.tile.len()), Line([0; 64]));
+        s.lanes.resize(lanes, Line([0; 64]));
+    });
+}
+
 /// Whether `sc * q` fits a byte: levels of at most 4 bits with sign by 6-bit scales (Q3_K, negated), or 2 by 4 bits (Q2_K).
 const fn folds<F: Unpack>() -> bool {
     matches!(F::KIND, Kind::Min16) || (matches!(F::KIND, Kind::Scale16) && F::OFFSET == 4)

@@ -17,7 +17,22 @@ pub use many::many;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
 pub use several::several;
 
+use crate::cpu::quantized::BLOCK;
 use std::arch::x86_64::*;
+
+/// Bytes that a thread keeps for weights with rows of at most `max_in` values.
+pub fn scratch_bytes(max_in: usize) -> usize {
+    let groups = max_in.div_ceil(BLOCK);
+    many::scratch_bytes(groups) + several::scratch_bytes(groups) + float::SCRATCH_BYTES
+}
+
+/// Allocates them, for the calling thread.
+pub fn reserve(max_in: usize) {
+    let groups = max_in.div_ceil(BLOCK);
+    many::reserve(groups);
+    several::reserve(groups);
+    float::reserve();
+}
 
 /// The final sum of eight lanes.
 #[target_feature(enable = "avx2,fma")]

@@ -35,6 +35,19 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Group>> = const { RefCell::new(vec![]) };
 }
 
+/// Bytes that a thread keeps for rows of `groups` groups.
+pub const fn scratch_bytes(groups: usize) -> usize {
+    groups * COLUMNS * size_of::<Group>()
+}
+
+/// Allocates them.
+pub fn reserve(groups: usize) {
+    SCRATCH.with_borrow_mut(|s| {
+        s.reserve_exact((groups * COLUMNS).saturating_sub(s.len()));
+        s.resize(s.len().max(groups * COLUMNS), Group::ZERO);
+    });
+}
+
 /// Where run i of 16 (in order) has its lane.
 const RUN: [i32; 16] = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15];
 

@@ -1,0 +1,118 @@
+//! `plan`, and plans before a run.
+
+mod common;
+use common::{error, rsinfer, run, stdout};
+use serde_json::Value;
+use std::process::Stdio;
+use std::time::Duration;
+
+fn plan(args: &[&str]) -> Value {
+    serde_json::from_str(&stdout(&[&["plan", "demo", "--json"], args].concat())).expect("JSON")
+}
+
+fn bytes(v: &Value, key: &str) -> u64 {
+    v[key].as_u64().unwrap_or_else(|| panic!("{key} in {v}"))
+}
+
+#[test]
+fn sizes_follow_the_options() {
+    let base = plan(&["--memory", "8GiB"]);
+    assert_eq!(base["fits"], true);
+    assert!(bytes(&base, "mapped_bytes") > 1 << 20);
+    let device = &base["devices"][0];
+    let parts = ["kv_bytes", "activation_bytes", "scratch_bytes", "sampling_bytes", "host_bytes"];
+    let rest: u64 = parts.iter().map(|p| bytes(device, p)).sum();
+    let weights: u64 = device["weights"].as_array().unwrap().iter().map(|w| bytes(w, "resident_bytes")).sum();
+    assert_eq!(bytes(&base, "resident_bytes"), rest + weights);
+    let two = plan(&["--memory", "8GiB", "--parallel", "2"]);
+    assert_eq!(bytes(&two, "kv_bytes"), 2 * bytes(&base, "kv_bytes"));
+    let q8 = plan(&["--memory", "8GiB", "-ctk", "q8_0", "-ctv", "q8_0"]);
+    // Latents of 17/32 the size; the rotary keys stay at f16.
+    let (small, large) = (bytes(&q8, "kv_bytes"), bytes(&base, "kv_bytes"));
+    assert!(small * 32 > large * 17 && small < large, "{small}, {large}");
+    let read = plan(&["--memory", "8GiB", "--no-mmap"]);
+    assert_eq!(bytes(&read, "mapped_bytes"), 0);
+    assert_eq!(bytes(&read, "resident_bytes"), bytes(&base, "resident_bytes") + bytes(&base, "mapped_bytes"));
+    assert!(stdout(&["plan", "demo", "--memory", "1GiB", "--gpu", "1GiB,1GiB(display)"]).contains("on GPUs"));
+}
+
+#[test]
+fn what_does_not_fit_comes_with_flags_that_do() {
+    let room = bytes(&plan(&["-t", "2", "-c", "512", "--memory", "8GiB"]), "resident_bytes") + (1 << 20);
+    let memory = room.to_string();
+    let args = ["-t", "2", "--memory", &memory, "-c", "100000"];
+    let p = plan(&args);
+    assert_eq!(p["fits"], false);
+    assert_eq!(bytes(&p, "shortfall_bytes"), bytes(&p, "resident_bytes") - room);
+    let ways = p["flags_that_fit"].as_array().unwrap();
+    assert!(!ways.is_empty());
+    for way in ways {
+        let way = way.as_str().unwrap();
+        let mut flags = vec!["-t", "2", "--memory", &memory];
+        flags.extend(way.split(' '));
+        if !way.contains("-c ") {
+            flags.extend(["-c", "100000"]);
+        }
+        let p = plan(&flags);
+        assert_eq!(p["fits"], true, "{way}");
+    }
+    let fitted = plan(&[&args[..], &["--fit"]].concat());
+    assert_eq!(fitted["fits"], true);
+    assert_eq!(fitted["changed"], ways[0]);
+    let hopeless = plan(&["--memory", "1MiB"]);
+    assert_eq!(
+        (hopeless["fits"].as_bool(), hopeless["flags_that_fit"].as_array().map(Vec::len)),
+        (Some(false), Some(0))
+    );
+}
+
+#[test]
+fn a_run_that_does_not_fit_ends_before_loading() {
+    let o = run(&["run", "demo", "-p", "x", "-c", "2000000000"]);
+    let err = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(1), "{err}");
+    assert!(err.contains("short of") && err.contains("What would fit") && err.contains("-c "), "{err}");
+    assert!(error(&["run", "demo", "-p", "x", "-ngl", "3"]).contains("only the CPU"));
+}
+
+/// The most anonymous memory that a run of the demo model held.
+fn peak(args: &[&str]) -> u64 {
+    let mut child = rsinfer()
+        .args(["run", "demo", "-p", "Tell me a story about a dog and a cat.", "-n", "200", "--ignore-eos"])
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the binary runs");
+    let mut most = 0;
+    while child.try_wait().expect("a child").is_none() {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).unwrap_or("0 kB");
+        let kib = line.trim().trim_end_matches("kB").trim().parse().unwrap_or(0u64);
+        most = most.max(kib << 10);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().expect("a child").success());
+    most
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn anonymous_memory_is_what_was_planned() {
+    for args in [
+        &["-c", "512"][..],
+        &["-c", "4096", "-b", "64"],
+        &["-c", "65536", "-ctk", "f32", "-ctv", "f32"],
+        &["-c", "65536", "-ctk", "q8_0", "-ctv", "q8_0"],
+        &["-c", "512", "--no-mmap"],
+    ] {
+        let planned = bytes(&plan(&[args, &["--memory", "64GiB"]].concat()), "resident_bytes");
+        let measured = peak(args);
+        println!("{args:?}: planned {planned}, measured {measured}");
+        let slack = planned / 50 + (32 << 20);
+        assert!(
+            measured <= planned + slack && measured + slack >= planned,
+            "{args:?}: {planned}, {measured}"
+        );
+    }
+}

@@ -1,0 +1,126 @@
+//! What memory this machine has left for a process, from Linux's files. Knows nothing of models.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Bytes that the process may still take: what the system calls available, within the limits of its control groups (version 1
+/// or 2). `None` where the system does not say (no Linux).
+pub fn available_memory() -> Option<u64> {
+    available_under(Path::new("/"))
+}
+
+/// The same with the files under `root`.
+fn available_under(root: &Path) -> Option<u64> {
+    let system = meminfo(&fs::read_to_string(root.join("proc/meminfo")).ok()?, "MemAvailable:")?;
+    Some(group_room(root).map_or(system, |g| g.min(system)))
+}
+
+fn meminfo(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// The least that any group of the process has left.
+fn group_room(root: &Path) -> Option<u64> {
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
+    let mut least: Option<u64> = None;
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(names), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
+            continue;
+        };
+        // Version 2 has one line without controllers; version 1 a line for memory.
+        let (base, limit, used, cache) = match names {
+            "" => ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
+            n if n.split(',').any(|n| n == "memory") => (
+                "sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file ",
+            ),
+            _ => continue,
+        };
+        let base = root.join(base);
+        let mut dir: PathBuf = base.join(path.trim_start_matches('/'));
+        // In a container the group's own files are often mounted at the base, whatever its path says.
+        if !dir.starts_with(&base) || !dir.is_dir() {
+            dir = base.clone();
+        }
+        loop {
+            if let Some(room) = room(&dir, limit, used, cache) {
+                least = Some(least.map_or(room, |l| l.min(room)));
+            }
+            if dir == base || !dir.pop() {
+                break;
+            }
+        }
+    }
+    least
+}
+
+/// What is left of a group's limit; pages of files that nobody uses count as free.
+fn room(dir: &Path, limit: &str, used: &str, cache: &str) -> Option<u64> {
+    let number = |f: &str| fs::read_to_string(dir.join(f)).ok()?.trim().parse::<u64>().ok();
+    let (limit, used) = (number(limit)?, number(used)?);
+    let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+    let cache =
+        stat.lines().find_map(|l| l.strip_prefix(cache)).and_then(|n| n.trim().parse().ok()).unwrap_or(0);
+    Some(limit.saturating_sub(used.saturating_sub(cache)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(root: &Path, files: &[(&str, &str)]) {
+        for (path, text) in files {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+
+    const MEMINFO: &str = "MemTotal: 16000 kB\nMemAvailable:    8000 kB\n";
+
+    #[test]
+    fn the_system_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(available_under(dir.path()), None);
+        write(dir.path(), &[("proc/meminfo", MEMINFO)]);
+        assert_eq!(available_under(dir.path()), Some(8000 << 10));
+    }
+
+    #[test]
+    fn version_two_takes_the_tightest_of_the_groups_above() {
+        let dir = tempfile::tempdir().unwrap();
+        write(
+            dir.path(),
+            &[
+                ("proc/meminfo", MEMINFO),
+                ("proc/self/cgroup", "0::/a/b\n"),
+                ("sys/fs/cgroup/a/memory.max", "3000000\n"),
+                ("sys/fs/cgroup/a/memory.current", "1500000\n"),
+                ("sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 500000\n"),
+                ("sys/fs/cgroup/a/b/memory.max", "max\n"),
+                ("sys/fs/cgroup/a/b/memory.current", "10\n"),
+            ],
+        );
+        assert_eq!(available_under(dir.path()), Some(2_000_000));
+    }
+
+    #[test]
+    fn version_one_and_a_path_that_is_not_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        write(
+            dir.path(),
+            &[
+                ("proc/meminfo", MEMINFO),
+                ("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/1234\n"),
+                ("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000000"),
+                ("sys/fs/cgroup/memory/memory.usage_in_bytes", "400000"),
+                ("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 100000\n"),
+            ],
+        );
+        assert_eq!(available_under(dir.path()), Some(700_000));
+    }
+}
