@@ -48,9 +48,9 @@ fn smaller_types_cost_what_the_table_says() {
         (Q8_0, None, 2e-2),
         (Q4_0, None, 2e-1),
         (F16, Some(Q8_0), 2e-2),
-        (F16, Some(Q4_0), 2e-1),
+        (F16, Some(Q4_0), 5e-1),
         (Q8_0, Some(Q8_0), 2e-2),
-        (Q4_0, Some(Q4_0), 3e-1),
+        (Q4_0, Some(Q4_0), 5e-1),
     ];
     println!(
         "| latent | k_pe | bytes a token | mean KL | max KL | same best token |\n| --- | --- | --- | --- | --- | --- |"
