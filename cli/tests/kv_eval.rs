@@ -263,3 +263,22 @@ fn traces_tell_what_was_evicted() {
     let first: serde_json::Value = serde_json::from_str(first.lines().next().unwrap()).unwrap();
     assert_eq!((&first["policy"], &first["budget"]), (&"h2o".into(), &"24".into()));
 }
+
+/// The laboratory measures forgetting: the model itself must recall. Fresh questions, of the kind that its own figure is of.
+#[test]
+fn the_full_cache_recalls_what_the_model_was_trained_to() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ref-tests/demo-model/metrics.json");
+    let figures: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let claimed = figures["story_answers_right"].as_f64().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let args =
+        ["kv-eval", "demo", "--policies", "full", "--tasks", "recall", "--questions", "120", "--facts", "2"];
+    stdout(&[&args[..], &["--fillers", "6", "--out", dir.path().to_str().unwrap()]].concat());
+    let rows = results(dir.path());
+    let all = rows.iter().find(|r| r[5] == "all").unwrap();
+    let right: f64 = all[10].parse().unwrap();
+    println!("{right} of 120 fresh questions right, {claimed} by metrics.json");
+    // Twice the standard error of both figures (120 and 60 questions).
+    let error = (claimed * (1.0 - claimed) * (1.0 / 120.0 + 1.0 / 60.0)).sqrt();
+    assert!(right >= claimed - 2.0 * error, "{right} right, {claimed} claimed");
+}

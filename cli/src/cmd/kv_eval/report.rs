@@ -83,9 +83,9 @@ fn command() -> String {
 /// A style for each policy: the full cache and the random one, which all others are compared with, have their own.
 fn styles(policies: &[&str]) -> Vec<usize> {
     let mut next = 1;
-    let mut style = |p: &&str| match p.split([':', '(']).next() {
-        Some("full") => 0,
-        Some("random") => STYLES - 1,
+    let mut style = |p: &&str| match *p {
+        "full" => 0,
+        "random" => STYLES - 1,
         _ => {
             next += 1;
             (next - 2) % (STYLES - 2) + 1
