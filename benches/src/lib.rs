@@ -1,1 +1,5 @@
-//! Shared helpers of the benchmarks.
+//! Shared parts of the benchmarks: models with public geometries and random weights, and the comparison with peers.
+#![forbid(unsafe_code)]
+
+pub mod peers;
+pub mod synth;

@@ -7,6 +7,7 @@ mod args;
 mod chat;
 mod cmd;
 mod demo;
+mod memory;
 mod model;
 mod npy;
 mod output;

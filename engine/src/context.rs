@@ -17,6 +17,7 @@ pub struct Context {
     policy: KvSpec,
     batch: usize,
     rows: usize,
+    scratch: usize,
     ids: Vec<u32>,
 }
 
@@ -34,9 +35,13 @@ impl Context {
         let arena = Arena::new(dev, &specs, types, options)?;
         // Even with short batches, one token of every sequence fits a pass.
         let rows = batch.max(sequences);
-        dev.reserve(&Limits { mass, ..net.limits(rows, seen) })?;
-        let runner = net.clone().runner(dev, rows, extras)?;
-        Ok(Self { model: model.clone(), runner, arena, policy: o.kv.clone(), batch, rows, ids: Vec::new() })
+        let limits = Limits { mass, ..net.limits(rows, seen) };
+        dev.reserve(&limits)?;
+        let counted = dev.counting();
+        let runner = net.clone().runner(&counted, rows, extras)?;
+        let scratch = dev.scratch_bytes(&limits) + counted.allocated();
+        let (model, policy) = (model.clone(), o.kv.clone());
+        Ok(Self { model, runner, arena, policy, batch, rows, scratch, ids: Vec::new() })
     }
 
     /// The model.
@@ -57,6 +62,11 @@ impl Context {
     /// The same, to admit, fork, truncate and free sequences.
     pub fn cache_mut(&mut self) -> &mut Arena {
         &mut self.arena
+    }
+
+    /// Bytes of the buffers beside the cache: activations, and the device's working memory, which contexts share.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch
     }
 
     /// Rows of one sequence in a pass at most.

@@ -341,6 +341,12 @@ impl Session {
         self.context.cache().options().end()
     }
 
+    /// Bytes of the buffers beside the cache: activations, a row of logits, and the device's working memory, which sessions
+    /// share.
+    pub fn scratch_bytes(&self) -> usize {
+        self.context.scratch_bytes() + 4 * self.model().info().n_vocab
+    }
+
     /// Bytes of the cache.
     pub fn cache_bytes(&self) -> usize {
         self.context.cache().bytes()

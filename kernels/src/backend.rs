@@ -8,6 +8,7 @@ use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight};
 use quant::DType;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What an operation does with its output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -339,9 +340,9 @@ pub trait Backend: Send + Sync {
     fn mla(&self, m: Mla<'_>, out: ViewMut<'_>, mass: Option<Mass<'_>>) -> Result<(), KernelError>;
 }
 
-/// A backend behind its shape checks.
+/// A backend behind its shape checks. Clones count their buffers together; see [`Device::counting`].
 #[derive(Clone)]
-pub struct Device(pub(crate) Arc<dyn Backend>);
+pub struct Device(pub(crate) Arc<dyn Backend>, Arc<AtomicUsize>);
 
 pub(crate) fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Result<(), KernelError> {
     if ok { Ok(()) } else { Err(KernelError::Shape(format!("{op}: {}", detail()))) }
@@ -350,7 +351,17 @@ pub(crate) fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Resu
 impl Device {
     /// Wraps a backend.
     pub fn new(backend: impl Backend + 'static) -> Self {
-        Self(Arc::new(backend))
+        Self(Arc::new(backend), Arc::default())
+    }
+
+    /// The same device with a count of its own: [`Device::allocated`] of it and its clones begins at 0.
+    pub fn counting(&self) -> Self {
+        Self(self.0.clone(), Arc::default())
+    }
+
+    /// Bytes of all activations that [`Device::alloc`] of this handle and its clones has made, freed ones included.
+    pub fn allocated(&self) -> usize {
+        self.1.load(Ordering::Relaxed)
     }
 
     /// What the device is, for people: `cpu (avx512vnni, 2 threads)`.
@@ -374,7 +385,9 @@ impl Device {
 
     /// Activations `[rows, cols]`, zeroed.
     pub fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {
-        self.0.alloc(rows, cols)
+        let buf = self.0.alloc(rows, cols)?;
+        self.1.fetch_add(buf.bytes(), Ordering::Relaxed);
+        Ok(buf)
     }
 
     /// A cache `[slots, width]` of one of [`KvBuf::TYPES`].

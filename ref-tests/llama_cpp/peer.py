@@ -3,6 +3,7 @@
 Must not know transformers or the fixtures; everything here takes a path to a GGUF.
 """
 import ctypes
+import os
 import time
 
 import llama_cpp as lc
@@ -82,6 +83,23 @@ class Peer:
         step = batch or self.size
         return np.concatenate([self.decode(ids[i:i + step], i, True) for i in range(0, len(ids), step)])
 
+    def save(self, path, ids):
+        """Write the context of ids to a file."""
+        tokens = (lc.llama_token * len(ids))(*ids)
+        if not lc.llama_state_save_file(self.context, path.encode(), tokens, len(ids)):
+            raise Refused(f"llama.cpp cannot write its state to {path}")
+
+    def load(self, path, count):
+        """Read a context of `count` tokens from a file; False if there is none. Its context must have the same size."""
+        if not os.path.exists(path):
+            return False
+        tokens, found = (lc.llama_token * count)(), ctypes.c_size_t()
+        if not lc.llama_state_load_file(self.context, path.encode(), tokens, count, ctypes.byref(found)):
+            raise Refused(f"llama.cpp cannot read its state from {path}")
+        if found.value != count:
+            raise Refused(f"{path} holds {found.value} tokens, not {count}")
+        return True
+
     def close(self):
         lc.llama_batch_free(self.batch)
         lc.llama_free(self.context)
@@ -112,14 +130,17 @@ def quantise(source, target, kind, embedding=None, output=None, pure=False):
         raise Refused(f"llama.cpp cannot quantise {source} to {kind}")
 
 
-def timings(path, prompt, generate, threads, depth=0, cache="f16", repeat=3, flash=False):
+def timings(path, prompt, generate, threads, depth=0, cache="f16", repeat=3, flash=False, state=None):
     """Tokens per second, best and mean of `repeat`, after `depth` tokens of context.
 
-    {"pp512": {"best", "mean"}, "tg64": ...} for a prompt of 512 tokens in batches of 512, and 64 tokens one by one.
+    {"pp512": {"best", "mean"}, "tg64": ...} for a prompt of 512 tokens in batches of 512, and 64 tokens one by one. The
+    context is computed once and cut back before each run; `state` names a file that keeps it from one call to the next.
     """
-    p = Peer(path, context=depth + max(prompt, generate) + 64, batch=512, threads=threads, cache=cache, flash=flash)
+    # A fixed size, so that a state fits whatever is measured after it.
+    p = Peer(path, context=depth + max(prompt, generate, 256) + 64, batch=512, threads=threads, cache=cache, flash=flash)
     r, out = np.random.default_rng(1), {}
-    ids = [int(x) for x in r.integers(3, p.vocab_size, depth + max(prompt, generate, 1))]
+    ids = [int(x) for x in r.integers(3, p.vocab_size, depth + max(prompt, generate, 256))]
+    memory = lc.llama_get_memory(p.context)
 
     def in_batches(start, count):
         for i in range(start, start + count, p.size):
@@ -129,15 +150,26 @@ def timings(path, prompt, generate, threads, depth=0, cache="f16", repeat=3, fla
         for i in range(start, start + count):
             p.decode([ids[i]], i, False)
 
+    def fill():
+        p.clear()
+        if depth and not (state and p.load(state, depth)):
+            in_batches(0, depth)
+            if state:
+                p.save(state, ids[:depth])
+
+    fill()
     for name, count, work in (("pp", prompt, in_batches), ("tg", generate, one_by_one)):
         rates = []
         for i in range(repeat + 1 if count else 0):
-            p.clear()
-            in_batches(0, depth)
+            # What cannot be cut back (a window's cache) is computed anew.
+            if not lc.llama_memory_seq_rm(memory, 0, depth, -1):
+                fill()
+            # The first run only warms up: of many tokens one by one, a few do.
+            n = count if i or name == "pp" else min(count, 4)
             start = time.perf_counter()
-            work(depth, count)
+            work(depth, n)
             if i:
-                rates.append(count / (time.perf_counter() - start))
+                rates.append(n / (time.perf_counter() - start))
         if rates:
             out[f"{name}{count}"] = dict(best=max(rates), mean=sum(rates) / len(rates))
     p.close()

@@ -13,8 +13,9 @@ use engine::DType;
     rsinfer bench model.gguf                        pp512 and tg128\n  \
     rsinfer bench model.gguf -p 128,512 -n 0 -t 1-4*2\n  \
     rsinfer bench model.gguf -n 128 -d 0,4096 -o json\n\n\
-    Columns are llama-bench's, and two more for generation: GB/s is bytes of weights and cache read per second, and the\n\
-    last column its share of the memory bandwidth measured in the same run.")]
+    Columns are llama-bench's and four more. For generation, GB/s is bytes of weights and cache read per second, and the\n\
+    next column its share of the memory bandwidth measured in the same run. Of the resident memory after a repetition,\n\
+    mapped is the pages of files (weights) and anonymous all else (cache, buffers, vocabulary; Linux only).")]
 pub struct BenchArgs {
     /// GGUF files, or `demo`
     #[arg(value_name = "MODEL", required_unless_present = "more")]

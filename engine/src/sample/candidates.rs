@@ -28,6 +28,14 @@ pub struct Candidates {
     scored: Vec<(f32, Candidate)>,
 }
 
+/// Buckets of `top_p`: a sixteenth of a nat each; what is 32 nats behind the best weighs nothing.
+const BUCKETS: usize = 512;
+
+/// The bucket of a token so far behind the best.
+fn bucket(behind: f32) -> usize {
+    ((behind * 16.0) as usize).min(BUCKETS - 1)
+}
+
 fn not_finite(logits: &[f32]) -> SampleError {
     let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).unwrap_or(0);
     SampleError::NotFinite { token: bad as u32, value: logits[bad] }
@@ -94,7 +102,8 @@ impl Candidates {
         let sum = exp::exp_shifted(logits, max, &mut self.weights);
         // Half the bound: rounding must never cost a member of the nucleus. The best token always stays.
         let nucleus = 0.5 * (1.0 - f64::from(top_p)) / logits.len() as f64 * sum;
-        let bar = (nucleus as f32).max(min_p).min(1.0);
+        // Likewise a little less than min_p: the filter itself compares logits.
+        let bar = (nucleus as f32).max(min_p * (1.0 - 1e-5)).min(1.0);
         const STEP: usize = 32;
         for (c, chunk) in self.weights.chunks(STEP).enumerate() {
             if chunk.iter().fold(true, |below, &w| below & (w < bar)) {
@@ -112,7 +121,15 @@ impl Candidates {
 
     /// The largest logit left.
     fn max(&self) -> f32 {
-        self.items.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit))
+        // Eight at a time: one running maximum would wait for itself.
+        let (eights, tail) = self.items.as_chunks::<8>();
+        let mut lanes = [f32::NEG_INFINITY; 8];
+        for eight in eights {
+            for (m, c) in lanes.iter_mut().zip(eight) {
+                *m = if c.logit > *m { c.logit } else { *m };
+            }
+        }
+        lanes.into_iter().chain(tail.iter().map(|c| c.logit)).fold(f32::NEG_INFINITY, f32::max)
     }
 
     /// Locally typical sampling (arXiv:2202.00666): keeps the tokens whose surprise is nearest to the expected surprise,
@@ -140,16 +157,38 @@ impl Candidates {
     }
 
     /// Nucleus sampling (arXiv:1904.09751): the fewest best tokens whose probabilities reach `p`. `sum` is that of
-    /// exp(logit - max) over everything `p` is a share of; `None` means over what is left. The worst member is found by
-    /// halving (linear in the number of candidates, no sort); the members keep their order.
+    /// exp(logit - max) over everything `p` is a share of, as [`Candidates::all`] gave it; `None` means over what is left. One
+    /// pass adds up the candidates by their distance from the best, which leaves a sixteenth of a nat to look at closely; in
+    /// there the worst member is found by halving (linear, no sort). The members keep their order.
     pub fn top_p(&mut self, p: f32, sum: Option<f64>) {
         let max = self.max();
         let mass = |items: &[Candidate]| -> f64 {
             items.iter().map(|c| f64::from(exp::exp_neg(c.logit - max))).sum()
         };
         let target = f64::from(p) * sum.unwrap_or_else(|| mass(&self.items));
-        self.order.clone_from(&self.items);
-        let (mut rest, mut above) = (self.order.as_mut_slice(), 0.0);
+        let mut above = 0.0;
+        self.order.clear();
+        if self.items.len() > 4 * BUCKETS {
+            let weight = |c: &Candidate| match sum {
+                // They were computed for the sum.
+                Some(_) => self.weights[c.id as usize],
+                None => exp::exp_neg(c.logit - max),
+            };
+            // Neighbours often fall into the same bucket: two sets keep one addition from waiting for the other.
+            let mut masses = [[0f64; BUCKETS]; 2];
+            for (i, c) in self.items.iter().enumerate() {
+                masses[i % 2][bucket(max - c.logit)] += f64::from(weight(c));
+            }
+            let mut last = 0;
+            while last < BUCKETS - 1 && above + masses[0][last] + masses[1][last] < target {
+                above += masses[0][last] + masses[1][last];
+                last += 1;
+            }
+            self.order.extend(self.items.iter().filter(|c| bucket(max - c.logit) == last));
+        } else {
+            self.order.extend_from_slice(&self.items);
+        }
+        let mut rest = self.order.as_mut_slice();
         while rest.len() > 32 {
             let mid = rest.len() / 2;
             rest.select_nth_unstable_by(mid, by_logit);
@@ -163,19 +202,24 @@ impl Candidates {
             }
         }
         rest.sort_unstable_by(by_logit);
+        let mut worst = None;
         for &last in rest.iter() {
+            worst = Some(last);
             above += mass(&[last]);
             if above >= target {
-                self.items.retain(|c| by_logit(c, &last).is_le());
-                return;
+                break;
             }
+        }
+        // Where rounding keeps the sum below the target to the end, the last one looked at is the worst of all.
+        if let Some(last) = worst {
+            self.items.retain(|c| by_logit(c, &last).is_le());
         }
     }
 
     /// Keeps tokens at least `p` times as probable as the best (arXiv:2407.01082).
     pub fn min_p(&mut self, p: f32) {
-        let max = self.max();
-        self.items.retain(|c| exp::exp_neg(c.logit - max) >= p);
+        let bar = f64::from(self.max()) + f64::from(p).ln();
+        self.items.retain(|c| f64::from(c.logit) >= bar);
     }
 
     /// One of the candidates, each with probability proportional to exp(logit / temperature); `u` uniform in [0, 1).
@@ -183,8 +227,7 @@ impl Candidates {
         let max = self.max() / temperature;
         self.weights.clear();
         self.weights.extend(self.items.iter().map(|c| exp::exp_neg(c.logit / temperature - max)));
-        let sum: f64 = self.weights.iter().map(|&w| f64::from(w)).sum();
-        let mut left = u * sum;
+        let mut left = u * exp::sum(&self.weights);
         let mut last = 0;
         for (c, &w) in self.items.iter().zip(&self.weights) {
             if w > 0.0 {

@@ -46,6 +46,18 @@ pub fn exp_shifted(x: &[f32], max: f32, out: &mut [f32]) -> f64 {
     lanes.iter().sum()
 }
 
+/// The sum, taken in a fixed order.
+pub fn sum(x: &[f32]) -> f64 {
+    let (sixteens, tail) = x.as_chunks::<LANES>();
+    let mut lanes = [0f64; LANES];
+    for x in sixteens {
+        for i in 0..LANES {
+            lanes[i] += f64::from(x[i]);
+        }
+    }
+    lanes.iter().sum::<f64>() + tail.iter().map(|&v| f64::from(v)).sum::<f64>()
+}
+
 /// The largest logit, and whether all of them are usable (no NaN, no +inf).
 pub fn max_checked(x: &[f32]) -> (f32, bool) {
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -3,6 +3,7 @@
 
 mod report;
 
+use crate::memory::Resident;
 use crate::model::{LoadConfig, SessionConfig, Source};
 use crate::output;
 use anyhow::Result;
@@ -96,6 +97,18 @@ struct Outcome {
     token_bytes: f64,
     /// Bytes per second that the machine reads with as many threads.
     bandwidth: f64,
+    memory: Memory,
+}
+
+/// What a test's session took, and what the process held with it.
+#[derive(Clone, Copy, Default)]
+struct Memory {
+    /// Bytes of the cache.
+    cache: usize,
+    /// Bytes of all other buffers.
+    scratch: usize,
+    /// Largest resident sizes seen after a repetition; `None` where the system does not say.
+    resident: Option<Resident>,
 }
 
 impl Outcome {
@@ -136,12 +149,14 @@ pub fn run(c: &Config) -> Result<()> {
         let info = Arc::new(describe(&model)?);
         for &test in &c.tests {
             std::thread::sleep(c.delay);
-            let (seconds, time) = (measure(c, setup, &model, test)?, now());
+            let time = now();
+            let (seconds, memory) = measure(c, setup, &model, test)?;
             let depth = test.depth + test.generated / 2;
             let cache = model.read_bytes(&setup.session(0).options(0), depth.max(1))?;
             let token_bytes = model.info().read_bytes_per_token as f64 + cache as f64;
             let info = info.clone();
-            let outcome = Outcome { setup: setup.clone(), test, info, seconds, time, token_bytes, bandwidth };
+            let setup = setup.clone();
+            let outcome = Outcome { setup, test, info, seconds, time, token_bytes, bandwidth, memory };
             output::print(&report.add(&outcome))?;
         }
     }
@@ -160,8 +175,8 @@ fn describe(model: &Model) -> Result<Info> {
     })
 }
 
-/// Seconds of each repetition.
-fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<Vec<f64>> {
+/// Seconds of each repetition, and the memory it took.
+fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<(Vec<f64>, Memory)> {
     let ctx = test.depth + test.prompt + test.generated;
     let mut session = setup.session(ctx).open(model, ctx)?;
     let mut ids = Ids::new(model);
@@ -174,6 +189,8 @@ fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<
         session.eval(&ids.take(1))?;
     }
     let mut seconds = Vec::new();
+    let mut memory =
+        Memory { cache: session.cache_bytes(), scratch: session.scratch_bytes(), resident: None };
     for r in 0..c.repetitions {
         if c.verbose {
             eprintln!("{} {}: repetition {} of {}", setup.source.name(), test.name(), r + 1, c.repetitions);
@@ -185,8 +202,10 @@ fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<
         }
         session.truncate(test.depth);
         seconds.push(once(&mut session, &mut ids, test)?);
+        let now = Resident::now();
+        memory.resident = memory.resident.map_or(now, |m| now.map(|n| n.max(m)));
     }
-    Ok(seconds)
+    Ok((seconds, memory))
 }
 
 fn once(session: &mut Session, ids: &mut Ids, test: Test) -> Result<f64> {

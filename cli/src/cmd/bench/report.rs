@@ -1,6 +1,7 @@
 //! Bench results as llama-bench's table, JSON, JSON lines or CSV. Knows nothing of how they were measured.
 
 use super::{Format, Outcome, Setup};
+use crate::memory::Resident;
 use crate::output;
 use serde_json::{Value, json};
 
@@ -34,6 +35,10 @@ fn fields(o: &Outcome) -> Vec<(&'static str, Value)> {
         ("samples_ts", rates.iter().map(|&r| Value::from(r)).collect()),
         ("read_bytes_per_second", o.read_rate().map_or(Value::Null, Value::from)),
         ("bandwidth_bytes_per_second", o.bandwidth.into()),
+        ("cache_bytes", o.memory.cache.into()),
+        ("scratch_bytes", o.memory.scratch.into()),
+        ("rss_file_bytes", o.memory.resident.map_or(Value::Null, |r| r.file.into())),
+        ("rss_anon_bytes", o.memory.resident.map_or(Value::Null, |r| r.anon.into())),
         ("bandwidth_share", o.read_rate().map_or(Value::Null, |r| (r / o.bandwidth).into())),
     ]
 }
@@ -101,7 +106,7 @@ impl Report {
         let extra = self.varies.iter().filter(|v| v.0).map(|v| v.1);
         let mut names = vec!["model", "size", "params", "backend", "threads"];
         names.extend(extra);
-        names.extend(["test", "t/s", "GB/s", "of bandwidth"]);
+        names.extend(["test", "t/s", "GB/s", "of bandwidth", "mapped", "anonymous"]);
         names.into_iter().map(Into::into).collect()
     }
 
@@ -122,13 +127,17 @@ impl Report {
         cells.push(format!("{ts:.2} ± {sd:.2}"));
         cells.push(read.map_or("-".into(), |r| format!("{:.2}", r / 1e9)));
         cells.push(read.map_or("-".into(), |r| format!("{:.0}%", 100.0 * r / o.bandwidth)));
+        let resident =
+            |f: fn(&Resident) -> u64| o.memory.resident.map_or("-".into(), |r| output::bytes(f(&r)));
+        cells.push(resident(|r| r.file));
+        cells.push(resident(|r| r.anon));
         cells
     }
 
     fn widths(&self) -> Vec<usize> {
         let mut w = vec![self.name_width, 10, 10, 10, 7];
         w.extend(self.varies.iter().filter(|v| v.0).map(|_| 7));
-        w.extend([16, 20, 8, 12]);
+        w.extend([16, 20, 8, 12, 10, 10]);
         w
     }
 
