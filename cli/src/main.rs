@@ -11,6 +11,7 @@ mod memory;
 mod model;
 mod npy;
 mod output;
+mod serve;
 mod text;
 mod trace;
 

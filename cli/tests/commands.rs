@@ -272,3 +272,19 @@ fn the_little_llama_tells_its_story() {
     let want = "there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball.";
     assert!(story.trim_start_matches([',', ' ']).starts_with(want), "{story}");
 }
+
+#[test]
+fn answers_are_held_to_a_format() {
+    let answer =
+        |format: &str| stdout(&["run", "demo", "-p", "Tell me a story.", "-s", "1", "--format", format]);
+    let word = answer("regex:(yes|no)[a-d]{8}");
+    let tail = word.trim_end().trim_start_matches("yes").trim_start_matches("no");
+    assert!(tail.len() == 8 && tail.chars().all(|c| "abcd".contains(c)), "{word}");
+    let schema = r#"{"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"enum": [3, 7]}},
+        "required": ["name", "age"], "additionalProperties": false}"#;
+    let person: serde_json::Value = serde_json::from_str(&answer(schema)).expect("JSON");
+    assert!(person["name"].as_str().is_some_and(|s| s.chars().count() <= 8), "{person}");
+    assert!([3, 7].contains(&person["age"].as_i64().unwrap()), "{person}");
+    let e = error(&["run", "demo", "-p", "x", "--format", r#"{"type": "nonsense"}"#]);
+    assert!(e.contains("nonsense"), "{e}");
+}

@@ -22,5 +22,5 @@ pub use error::EngineError;
 pub use kernels::cpu::machine::read_bandwidth;
 pub use kv::{Arena, ArenaOptions, CacheTypes, KvSpec, Rows, SeqId};
 pub use quant::DType;
-pub use sample::{SampleError, Sampler, SamplerOptions};
+pub use sample::{Constraint, SampleError, Sampler, SamplerOptions};
 pub use session::*;

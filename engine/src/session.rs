@@ -20,7 +20,7 @@ use crate::context::{Context, arena_options};
 use crate::gguf::{File, OpenMode};
 use crate::kv::{CacheTypes, KvSpec, Rows, SeqId, Watcher};
 use crate::model::{self, Network};
-use crate::sample::Sampler;
+use crate::sample::{Constraint, Sampler};
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
 use kernels::Device;
 use kernels::cpu::CpuBackend;
@@ -441,6 +441,21 @@ impl Session {
         prompt: &[u32],
         sampler: &mut Sampler,
         o: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generated, EngineError> {
+        self.generate_constrained(prompt, sampler, None, o, on_text)
+    }
+
+    /// As [`Session::generate`], with the answer held to a constraint.
+    ///
+    /// # Errors
+    /// As there, and what the constraint reports.
+    pub fn generate_constrained(
+        &mut self,
+        prompt: &[u32],
+        sampler: &mut Sampler,
+        mut constraint: Option<&mut dyn Constraint>,
+        o: &GenerateOptions,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, EngineError> {
         if prompt.is_empty() {
@@ -478,14 +493,23 @@ impl Session {
             if o.max_tokens.is_some_and(|n| out.tokens.len() >= n) {
                 break FinishReason::Length;
             }
+            if let Some(c) = &mut constraint {
+                c.mask(&mut self.logits)?;
+            }
             let token = sampler.sample(&mut self.logits)?;
-            if model.vocab().is_eog(token) && !o.ignore_eos {
+            if model.vocab().is_eog(token) && (!o.ignore_eos || constraint.is_some()) {
                 break FinishReason::Eos;
             }
             sampler.accept(token);
             out.tokens.push(token);
             if let Some(reason) = text.push(token, &mut on_text) {
                 break reason;
+            }
+            if let Some(c) = &mut constraint {
+                c.accept(token)?;
+                if c.is_done() {
+                    break FinishReason::Eos;
+                }
             }
             if self.end().is_some_and(|end| self.tokens().len() >= end) {
                 break FinishReason::ContextFull;

@@ -4,8 +4,9 @@ use super::plan::PlacementArgs;
 use super::shared::{BatchArg, CacheArgs, LoadArgs, SamplingArgs};
 use crate::cmd::run::{ChatConfig, RunConfig};
 use crate::model::Source;
+use crate::serve::constrain::Format;
 use crate::{text, trace};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use engine::{DType, GenerateOptions};
 use std::io::IsTerminal;
@@ -85,6 +86,9 @@ pub struct RunArgs {
     /// Ask the chat template for no thinking
     #[arg(long, alias = "nothink")]
     no_think: bool,
+    /// Hold the answer to JSON (`json`), a JSON schema (itself or a file), `regex:RE`, `lark:FILE` or `gbnf:FILE`
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<String>,
     /// Do not show the thinking
     #[arg(long, alias = "hide-thinking")]
     hidethinking: bool,
@@ -137,6 +141,7 @@ impl RunArgs {
             }
             session.kv = session.kv.recording(trace::needs());
         }
+        let format = self.format.as_deref().map(read_format).transpose()?;
         self.place.resolve().on_cpu()?;
         Ok(RunConfig {
             fit: self.fit,
@@ -152,6 +157,7 @@ impl RunArgs {
             },
             prompt,
             raw: self.raw,
+            format,
             chat: ChatConfig {
                 system,
                 template: self.chat_template_file.map(|p| text::read_file(&p)).transpose()?,
@@ -163,4 +169,18 @@ impl RunArgs {
             verbose: self.verbose,
         })
     }
+}
+
+/// `json`, a schema or a file with one, `regex:RE`, `lark:FILE`, `gbnf:FILE`.
+fn read_format(s: &str) -> Result<Format> {
+    Ok(match s.split_once(':') {
+        Some(("regex", re)) => Format::Regex(re.into()),
+        Some(("lark", path)) => Format::Lark(text::read_file(path.as_ref())?),
+        Some(("gbnf", path)) => Format::Gbnf(text::read_file(path.as_ref())?),
+        _ if s == "json" => Format::Json,
+        _ if s.trim_start().starts_with('{') => {
+            Format::Schema(serde_json::from_str(s).context("--format: not JSON")?)
+        }
+        _ => Format::Schema(text::read_json(s.as_ref()).context("--format: no file with a JSON schema")?),
+    })
 }

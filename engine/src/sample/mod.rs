@@ -6,6 +6,7 @@
 //! exponential `exp::exp_neg`, and every sum has a fixed order. Knows nothing of models or text.
 
 mod candidates;
+mod constraint;
 mod exp;
 mod logprobs;
 mod options;
@@ -14,6 +15,7 @@ mod rng;
 #[cfg(test)]
 mod tests;
 
+pub use constraint::Constraint;
 pub use logprobs::{LogProbs, logprobs};
 pub use options::{SampleError, SamplerOptions};
 pub use rng::Rng;

@@ -76,6 +76,9 @@ pub enum SampleError {
         /// NaN or +inf.
         value: f32,
     },
+    /// What the text is held to cannot go on.
+    #[error("constrained output: {0}")]
+    Constraint(String),
     /// Every token is banned, or there are no logits at all.
     #[error("no token can be chosen: all {n_vocab} are banned")]
     NoCandidate {

@@ -4,11 +4,12 @@
 use super::display::Display;
 use super::{RunConfig, ending, timings};
 use crate::chat;
+use crate::serve::constrain::{Begin, Format, Grammars};
 use crate::trace::Trace;
 use anyhow::{Context, Result};
 use engine::text::thinking::{Part, Splitter, ThinkTags};
 use engine::text::{ChatTemplate, EncodeOptions};
-use engine::{FinishReason, Generated, Model, Sampler, Session};
+use engine::{Constraint, FinishReason, Generated, Model, Sampler, Session};
 use serde_json::{Map, Value, json};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -23,6 +24,8 @@ pub struct Conversation {
     pub messages: Vec<Value>,
     session: Session,
     sampler: Sampler,
+    /// What answers are held to, and the grammars of the vocabulary.
+    format: Option<(Format, Grammars)>,
     load_time: Duration,
 }
 
@@ -53,8 +56,16 @@ impl Conversation {
         if trained > 0 && ctx > trained {
             eprintln!("note: the model was trained for {trained} tokens; beyond that its answers get worse");
         }
+        let format = match config.format.clone() {
+            None => None,
+            Some(f) => {
+                let grammars = Grammars::new(model.vocab())?;
+                grammars.constraint(&f, Begin::Now)?;
+                Some((f, grammars))
+            }
+        };
         let session = config.session.open(&model, ctx)?;
-        let c = Self { config, model, template, messages: Vec::new(), session, sampler, load_time };
+        let c = Self { config, model, template, messages: Vec::new(), session, sampler, format, load_time };
         if c.config.verbose {
             c.announce();
         }
@@ -142,6 +153,13 @@ impl Conversation {
         let mut options = self.config.generate.clone();
         options.show = tags.map(|t| t.tokens(self.model.vocab())).unwrap_or_default();
         let mut splitter = tags.map(|t: ThinkTags| Splitter::new(t, t.opened_by(&rendered)));
+        let begin = match tags {
+            Some(tags) if self.config.chat.think != Some(false) || tags.opened_by(&rendered) => {
+                Begin::AfterThinking { tags, opened: tags.opened_by(&rendered) }
+            }
+            _ => Begin::Now,
+        };
+        let mut constraint = self.format.as_ref().map(|(f, g)| g.constraint(f, begin)).transpose()?;
         let mut display = Display::new(self.config.hide_thinking);
         let (mut thought, mut answer) = (String::new(), String::new());
         let mut take = |parts: Vec<Part>, display: &mut Display| {
@@ -153,7 +171,8 @@ impl Conversation {
                 display.show(p)
             })
         };
-        let done = self.session.generate(&ids, &mut self.sampler, &options, |text| {
+        let held = constraint.as_deref_mut().map(|c| c as &mut dyn Constraint);
+        let done = self.session.generate_constrained(&ids, &mut self.sampler, held, &options, |text| {
             let parts = match &mut splitter {
                 Some(s) => s.push(text),
                 None => vec![Part::Answer(text.to_owned())],

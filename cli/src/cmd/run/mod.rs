@@ -7,6 +7,7 @@ mod settings;
 
 use crate::model::{LoadConfig, SessionConfig};
 use crate::output;
+use crate::serve::constrain::Format;
 use crate::trace::Trace;
 use anyhow::Result;
 use conversation::Conversation;
@@ -28,6 +29,8 @@ pub struct RunConfig {
     pub prompt: Option<String>,
     /// No chat template.
     pub raw: bool,
+    /// What the answer is held to.
+    pub format: Option<Format>,
     pub chat: ChatConfig,
     pub hide_thinking: bool,
     /// Where to tell of evictions.

@@ -1,0 +1,3 @@
+//! What `rsinfer serve` does between HTTP and the engine.
+
+pub mod constrain;
