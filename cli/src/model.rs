@@ -123,12 +123,16 @@ impl LoadConfig {
     /// Plans a session before anything is loaded. What does not fit the memory that is left is an error with the flags that
     /// would; with `choose` the first of them is taken, and told.
     pub fn plan(&mut self, session: &mut SessionConfig, choose: bool) -> Result<()> {
+        self.plan_for(session, 1, choose)
+    }
+
+    /// The same for `parallel` sequences; `choose` does not change their number.
+    pub fn plan_for(&mut self, session: &mut SessionConfig, parallel: usize, choose: bool) -> Result<()> {
         let Some(memory) = available_memory() else { return Ok(()) };
         let model = self.headers()?;
         let ctx = session.ctx(model.ctx_train())?;
         let access = if self.mmap { Access::Mapped } else { Access::Read };
-        let options =
-            PlanOptions { session: session.options(ctx), parallel: 1, access, threads: self.threads };
+        let options = PlanOptions { session: session.options(ctx), parallel, access, threads: self.threads };
         let machine = |memory| Machine { memory, gpus: Vec::new() };
         let found = match fit(&model, &options, &machine(memory), &Rules::default()) {
             Ok(f) => f,
@@ -140,7 +144,7 @@ impl LoadConfig {
         }
         // What is chosen leaves others some room.
         let roomy = fit(&model, &options, &machine(memory - memory / 16), &Rules::default())?;
-        match roomy.ways.first().filter(|_| choose) {
+        match roomy.ways.iter().find(|w| choose && w.options.parallel == parallel) {
             None => bail!("{}: {}", self.source.name(), refusal(&found)),
             Some(w) => {
                 eprintln!("note: to fit {} of memory: {}", crate::output::bytes(memory), w.flags());

@@ -245,6 +245,17 @@ fn bench_formats() {
     let tg = all.iter().find(|t| t["n_gen"] == 4 && t["n_prompt"] == 0).unwrap();
     assert_eq!(tg["samples_ts"].as_array().unwrap().len(), 2);
     assert!(tg["avg_ts"].as_f64().unwrap() > 0.0 && tg["bandwidth_share"].as_f64().unwrap() > 0.0);
+    let one = ["bench", "demo", "-r", "1", "-t", "1", "-o", "json"];
+    let several = stdout(&[&one[..], &["-p", "0", "-pg", "40,4", "-n", "4", "-np", "1,3"]].concat());
+    let several: serde_json::Value = serde_json::from_str(&several).unwrap();
+    let number = |i: usize, key: &str| several[i][key].as_f64().unwrap_or_else(|| panic!("{key}: {several}"));
+    for (i, n_prompt, sequences) in [(0, 0.0, 1.0), (1, 0.0, 3.0), (2, 40.0, 1.0), (3, 40.0, 3.0)] {
+        assert_eq!((number(i, "n_prompt"), number(i, "n_parallel")), (n_prompt, sequences));
+        // Tokens of all sequences over the time of all.
+        let tokens = number(i, "avg_ts") * number(i, "avg_ns") / 1e9;
+        assert!((tokens / (sequences * (n_prompt + 4.0)) - 1.0).abs() < 1e-3, "{tokens}: {several}");
+    }
+    assert_eq!(number(1, "cache_bytes"), 3.0 * number(0, "cache_bytes"));
     let csv = stdout(&["bench", "demo", "-p", "4", "-n", "0", "-r", "1", "-t", "1", "-o", "csv"]);
     let lines: Vec<&str> = csv.lines().collect();
     assert_eq!(lines.len(), 2);

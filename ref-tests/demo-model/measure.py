@@ -4,7 +4,10 @@ The same figures whatever runs the model (the trainer's module, transformers, ll
 from ids to logits of every position. As a script it measures transformers' DeepseekV3ForCausalLM in float32 on the
 trained weights and on those of a GGUF, and writes questions.json and reference.json.
 
-usage: measure.py MODEL_DIR --shakespeare FILE [--gguf FILE ...] [--out DIR] [--llama-cpp]
+usage: measure.py MODEL_DIR --shakespeare FILE [--gguf FILE ...] [--out DIR] [--llama-cpp] [--files-only]
+
+Rows of reference.json that are not measured stay as they are. With --files-only MODEL_DIR needs no weights, just
+config.json and tokenizer.json.
 """
 import argparse
 import json
@@ -91,7 +94,7 @@ def llama_cpp_forward(path, threads):
     """llama.cpp as such a function; generation re-uses what it has decoded of the same row."""
     import numpy as np
     import peer
-    p, done = peer.Peer(path, context=CHUNK, batch=CHUNK, threads=threads), []
+    p, done = peer.Peer(path, context=CHUNK, batch=CHUNK, threads=threads, repack=False), []
 
     def forward(ids):
         out = []
@@ -123,6 +126,7 @@ def transformers_forward(model):
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("model", help="folder with model.safetensors, config.json, tokenizer.json")
+    ap.add_argument("--files-only", action="store_true", help="measure the --gguf files, not the trained weights")
     ap.add_argument("--shakespeare", required=True, help="the plain text; its last tenth is measured")
     ap.add_argument("--gguf", nargs="*", default=[], help="also measure the dequantised weights of these files")
     ap.add_argument("--llama-cpp", action="store_true", help="also let llama.cpp run the files")
@@ -132,24 +136,33 @@ def main():
     torch.set_num_threads(a.threads)
     sys.path[:0] = [os.path.join(HERE, "..", "models"), os.path.join(HERE, "..", "llama_cpp")]
     import to_gguf
-    from transformers import DeepseekV3ForCausalLM
+    from transformers import AutoConfig, DeepseekV3ForCausalLM
     with open(os.path.join(a.out, "questions.json"), "w", encoding="utf-8") as f:
         json.dump([dict(prompt=q, answer=w) for q, w in questions()], f, indent=1, ensure_ascii=False)
         f.write("\n")
     tok = Tokenizer.from_file(os.path.join(a.model, "tokenizer.json"))
     with open(a.shakespeare, encoding="utf-8") as f:
         text = held_out(f.read())
-    model = DeepseekV3ForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation="eager").eval()
+    how = dict(dtype=torch.float32, attn_implementation="eager")
+    if a.files_only:
+        model = DeepseekV3ForCausalLM._from_config(AutoConfig.from_pretrained(a.model), **how).eval()
+    else:
+        model = DeepseekV3ForCausalLM.from_pretrained(a.model, **how).eval()
+    reference = os.path.join(a.out, "reference.json")
     found = {}
+    if os.path.exists(reference):
+        with open(reference, encoding="utf-8") as f:
+            found = json.load(f)
 
     def record(name, forward):
         found[name] = measure(forward, tok, text)
         print(name, found[name], flush=True)
-        with open(os.path.join(a.out, "reference.json"), "w", encoding="utf-8") as f:
+        with open(reference, "w", encoding="utf-8") as f:
             json.dump(found, f, indent=1)
             f.write("\n")
 
-    record("transformers, f32, trained weights", transformers_forward(model))
+    if not a.files_only:
+        record("transformers, f32, trained weights", transformers_forward(model))
     for path in a.gguf:
         name = os.path.basename(path)
         model.load_state_dict(to_gguf.invert(model, "deepseek2", {}, to_gguf.read(path)))

@@ -37,13 +37,16 @@ def silence():
 class Peer:
     """A loaded model with one context. cache: type of the KV cache; threads: for prompts and generation alike.
 
-    yarn_beta: (fast, slow), which this llama.cpp does not read from deepseek2 files.
+    yarn_beta: (fast, slow), which this llama.cpp does not read from deepseek2 files. repack: let it copy weights into
+    its own layouts, which is faster and aborts (0.3.36) on some deepseek2 files.
     """
 
-    def __init__(self, path, context=1024, batch=512, threads=2, cache="f16", flash=False, yarn_beta=None):
+    def __init__(self, path, context=1024, batch=512, threads=2, cache="f16", flash=False, yarn_beta=None, repack=True):
         silence()
         lc.llama_backend_init()
-        self.model = lc.llama_model_load_from_file(path.encode(), lc.llama_model_default_params())
+        m = lc.llama_model_default_params()
+        m.use_extra_bufts = repack
+        self.model = lc.llama_model_load_from_file(path.encode(), m)
         if not self.model:
             raise Refused(f"llama.cpp cannot load {path}")
         p = lc.llama_context_default_params()

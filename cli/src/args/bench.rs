@@ -12,7 +12,8 @@ use engine::DType;
 #[command(after_help = "Examples:\n  \
     rsinfer bench model.gguf                        pp512 and tg128\n  \
     rsinfer bench model.gguf -p 128,512 -n 0 -t 1-4*2\n  \
-    rsinfer bench model.gguf -n 128 -d 0,4096 -o json\n\n\
+    rsinfer bench model.gguf -n 128 -d 0,4096 -o json\n  \
+    rsinfer bench model.gguf -p 0 -n 64 -np 1,2,4,8   one conversation, then several at a time\n\n\
     Columns are llama-bench's and four more. For generation, GB/s is bytes of weights and cache read per second, and the\n\
     next column its share of the memory bandwidth measured in the same run. Of the resident memory after a repetition,\n\
     mapped is the pages of files (weights) and anonymous all else (cache, buffers, vocabulary; Linux only).")]
@@ -35,6 +36,9 @@ pub struct BenchArgs {
     /// Tokens in the cache before the test begins
     #[arg(short = 'd', long, default_value = "0", value_name = "N,...", value_parser = list)]
     n_depth: List,
+    /// Sequences with a cache each, decoded together (-np); t/s is of all of them
+    #[arg(long, alias = "n-parallel", default_value = "1", value_name = "N,...", value_parser = list)]
+    parallel: List,
     /// Prompt tokens computed at once
     #[arg(short, long, default_value = "2048", value_name = "N,...", value_parser = list)]
     batch_size: List,
@@ -76,6 +80,9 @@ impl BenchArgs {
         if threads.contains(&0) || self.batch_size.0.contains(&0) {
             super::usage("bench", "threads and batch size must be at least 1");
         }
+        if self.parallel.0.iter().any(|n| !(1..=65536).contains(n)) {
+            super::usage("bench", "--parallel must be from 1 to 65536");
+        }
         let mut setups = Vec::new();
         for model in self.models.iter().chain(&self.more) {
             for &threads in &threads {
@@ -92,12 +99,16 @@ impl BenchArgs {
         }
         let single = self.n_prompt.0.iter().map(|&p| (p, 0)).chain(self.n_gen.0.iter().map(|&n| (0, n)));
         let pairs: Vec<(usize, usize)> = single.chain(self.pg).filter(|t| *t != (0, 0)).collect();
-        let tests = self.n_depth.0.iter().flat_map(|&depth| {
-            pairs.iter().map(move |&(prompt, generated)| Test { prompt, generated, depth })
-        });
+        let mut tests = Vec::new();
+        for &depth in &self.n_depth.0 {
+            for &(prompt, generated) in &pairs {
+                let test = |&sequences| Test { prompt, generated, depth, sequences };
+                tests.extend(self.parallel.0.iter().map(test));
+            }
+        }
         Ok(Config {
             setups,
-            tests: tests.collect(),
+            tests,
             repetitions: self.repetitions as usize,
             delay: std::time::Duration::from_secs(self.delay),
             format: self.output,

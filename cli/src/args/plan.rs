@@ -23,7 +23,7 @@ pub struct PlanArgs {
     /// Context size of a sequence in tokens, 0 for what the model was trained for [default: that, but at most 4096]
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
-    /// Sequences at a time
+    /// Sequences at a time (-np)
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     parallel: u32,
     #[command(flatten)]

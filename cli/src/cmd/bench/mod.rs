@@ -1,6 +1,8 @@
 //! `bench`: llama-bench's tests and columns. ppN: N random tokens through an empty cache; tgN: N tokens one by one; ppN+tgM:
-//! both in one; `@ dN`: with N tokens in the cache already. A warm-up run, then the repetitions.
+//! both in one; `@ dN`: with N tokens in the cache already; `xN`: N sequences, decoded together. A warm-up run, then the
+//! repetitions.
 
+mod measure;
 mod report;
 
 use crate::memory::Resident;
@@ -8,10 +10,10 @@ use crate::model::{LoadConfig, SessionConfig, Source};
 use crate::output;
 use anyhow::Result;
 use engine::gguf::Summary;
-use engine::{DType, KvSpec, Model, Session};
+use engine::{DType, KvSpec, Model};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What to measure.
 pub struct Config {
@@ -61,16 +63,29 @@ pub struct Test {
     pub prompt: usize,
     pub generated: usize,
     pub depth: usize,
+    /// Each with a prompt, an answer and a depth of its own.
+    pub sequences: usize,
 }
 
 impl Test {
+    /// Tokens of a sequence at the end.
+    fn tokens(&self) -> usize {
+        self.depth + self.prompt + self.generated
+    }
+
     fn name(&self) -> String {
-        let base = match (self.prompt, self.generated) {
+        let mut name = match (self.prompt, self.generated) {
             (p, 0) => format!("pp{p}"),
             (0, g) => format!("tg{g}"),
             (p, g) => format!("pp{p}+tg{g}"),
         };
-        if self.depth > 0 { format!("{base} @ d{}", self.depth) } else { base }
+        if self.sequences > 1 {
+            name += &format!(" x{}", self.sequences);
+        }
+        if self.depth > 0 {
+            name += &format!(" @ d{}", self.depth);
+        }
+        name
     }
 }
 
@@ -82,6 +97,8 @@ struct Info {
     device: String,
     /// The device's first word.
     backend: String,
+    /// Which weights a pass reads depends on its tokens: it has experts.
+    sparse: bool,
 }
 
 /// A test's result.
@@ -93,8 +110,9 @@ struct Outcome {
     seconds: Vec<f64>,
     /// When the test began.
     time: String,
-    /// Weights and, on average, cache that one generated token reads.
-    token_bytes: f64,
+    /// Weights and, on average, cache that one generated token reads, its share of what a pass reads for all sequences;
+    /// `None` where that depends on the experts they choose.
+    token_bytes: Option<f64>,
     /// Bytes per second that the machine reads with as many threads.
     bandwidth: f64,
     memory: Memory,
@@ -112,14 +130,15 @@ struct Memory {
 }
 
 impl Outcome {
+    /// Tokens per second of all sequences together.
     fn rates(&self) -> Vec<f64> {
-        let n = (self.test.prompt + self.test.generated) as f64;
+        let n = (self.test.sequences * (self.test.prompt + self.test.generated)) as f64;
         self.seconds.iter().map(|s| n / s).collect()
     }
 
     /// Bytes read per second; of generation only, where every token reads all its weights.
     fn read_rate(&self) -> Option<f64> {
-        (self.test.prompt == 0).then(|| report::mean(&self.rates()).0 * self.token_bytes)
+        self.token_bytes.filter(|_| self.test.prompt == 0).map(|b| report::mean(&self.rates()).0 * b)
     }
 }
 
@@ -135,8 +154,10 @@ pub fn run(c: &Config) -> Result<()> {
             _ => {
                 let mut load =
                     LoadConfig { source: setup.source.clone(), mmap: setup.mmap, threads: setup.threads };
-                let longest = c.tests.iter().map(|t| t.depth + t.prompt + t.generated).max().unwrap_or(1);
-                load.plan(&mut setup.session(longest), false)?;
+                // The larger of the tests' plans is that of one of these.
+                for t in &c.tests {
+                    load.plan_for(&mut setup.session(t.tokens()), t.sequences, false)?;
+                }
                 load.load()?.0
             }
         };
@@ -150,10 +171,12 @@ pub fn run(c: &Config) -> Result<()> {
         for &test in &c.tests {
             std::thread::sleep(c.delay);
             let time = now();
-            let (seconds, memory) = measure(c, setup, &model, test)?;
+            let (seconds, memory) = measure::measure(c, setup, &model, test)?;
             let depth = test.depth + test.generated / 2;
-            let cache = model.read_bytes(&setup.session(0).options(0), depth.max(1))?;
-            let token_bytes = model.info().read_bytes_per_token as f64 + cache as f64;
+            let cache =
+                model.read_bytes(&setup.session(test.tokens()).options(test.tokens()), depth.max(1))?;
+            let weights = model.info().read_bytes_per_token as f64 / test.sequences as f64;
+            let token_bytes = (test.sequences == 1 || !info.sparse).then_some(weights + cache as f64);
             let info = info.clone();
             let setup = setup.clone();
             let outcome = Outcome { setup, test, info, seconds, time, token_bytes, bandwidth, memory };
@@ -172,75 +195,8 @@ fn describe(model: &Model) -> Result<Info> {
         params: i.n_params,
         device: i.device.clone(),
         backend: i.device.split([' ', '(']).next().unwrap_or_default().into(),
+        sparse: model.file().tensors().iter().any(|t| t.name.contains("_exps.")),
     })
-}
-
-/// Seconds of each repetition, and the memory it took.
-fn measure(c: &Config, setup: &Setup, model: &Arc<Model>, test: Test) -> Result<(Vec<f64>, Memory)> {
-    let ctx = test.depth + test.prompt + test.generated;
-    let mut session = setup.session(ctx).open(model, ctx)?;
-    let mut ids = Ids::new(model);
-    // Warm-up: pages of the mapped file are read, threads are awake, clocks are up.
-    if test.prompt > 0 {
-        session.eval(&ids.take(test.prompt.min(setup.batch)))?;
-    }
-    if test.generated > 0 {
-        session.truncate(0);
-        session.eval(&ids.take(1))?;
-    }
-    let mut seconds = Vec::new();
-    let mut memory =
-        Memory { cache: session.cache_bytes(), scratch: session.scratch_bytes(), resident: None };
-    for r in 0..c.repetitions {
-        if c.verbose {
-            eprintln!("{} {}: repetition {} of {}", setup.source.name(), test.name(), r + 1, c.repetitions);
-        }
-        // The tokens at depth are the same every time: they are computed once, unless the cache has let go of them.
-        if test.depth > 0 && (r == 0 || session.truncate(test.depth) < test.depth) {
-            session.truncate(0);
-            session.eval(&Ids::new(model).take(test.depth))?;
-        }
-        session.truncate(test.depth);
-        seconds.push(once(&mut session, &mut ids, test)?);
-        let now = Resident::now();
-        memory.resident = memory.resident.map_or(now, |m| now.map(|n| n.max(m)));
-    }
-    Ok((seconds, memory))
-}
-
-fn once(session: &mut Session, ids: &mut Ids, test: Test) -> Result<f64> {
-    let prompt = ids.take(test.prompt);
-    let start = Instant::now();
-    if test.prompt > 0 {
-        session.eval(&prompt)?;
-    }
-    for _ in 0..test.generated {
-        let token = ids.next();
-        session.eval(&[token])?;
-    }
-    Ok(start.elapsed().as_secs_f64())
-}
-
-/// Pseudo-random token ids, the same in every run (a multiplicative generator; quality is no matter here).
-struct Ids {
-    state: u64,
-    n_vocab: u64,
-}
-
-impl Ids {
-    fn new(model: &Model) -> Self {
-        Self { state: 1, n_vocab: model.info().n_vocab as u64 }
-    }
-
-    fn next(&mut self) -> u32 {
-        self.state =
-            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.state >> 33) % self.n_vocab) as u32
-    }
-
-    fn take(&mut self, n: usize) -> Vec<u32> {
-        (0..n).map(|_| self.next()).collect()
-    }
 }
 
 /// Now, as `2026-01-31T12:00:00Z`.
@@ -276,9 +232,10 @@ mod tests {
 
     #[test]
     fn names() {
-        let test = |prompt, generated, depth| Test { prompt, generated, depth }.name();
-        assert_eq!(test(512, 0, 0), "pp512");
-        assert_eq!(test(0, 128, 4096), "tg128 @ d4096");
-        assert_eq!(test(512, 128, 0), "pp512+tg128");
+        let test = |prompt, generated, depth, sequences| Test { prompt, generated, depth, sequences }.name();
+        assert_eq!(test(512, 0, 0, 1), "pp512");
+        assert_eq!(test(0, 128, 4096, 1), "tg128 @ d4096");
+        assert_eq!(test(512, 128, 0, 1), "pp512+tg128");
+        assert_eq!(test(0, 128, 4096, 8), "tg128 x8 @ d4096");
     }
 }

@@ -26,6 +26,7 @@ fn fields(o: &Outcome) -> Vec<(&'static str, Value)> {
         ("n_prompt", t.prompt.into()),
         ("n_gen", t.generated.into()),
         ("n_depth", t.depth.into()),
+        ("n_parallel", t.sequences.into()),
         ("test_time", o.time.as_str().into()),
         ("avg_ns", (avg_ns as u64).into()),
         ("stddev_ns", (sd_ns as u64).into()),

@@ -220,6 +220,8 @@ impl Conversation {
             let cache = self.model.read_bytes(&options, depth).unwrap_or(0);
             let read = info.read_bytes_per_token as f64 + cache as f64;
             eprint!("\n{}", timings(done, std::mem::take(&mut self.load_time), read));
+        } else if done.evicted_tokens > 0 {
+            eprintln!("note: {} tokens were evicted by {}", done.evicted_tokens, done.policy);
         }
     }
 

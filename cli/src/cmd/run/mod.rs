@@ -96,9 +96,7 @@ fn timings(g: &Generated, load: Duration, read_bytes: f64) -> String {
         ("eval duration:", output::duration(g.decode_time)),
         ("eval rate:", format!("{:.2} tokens/s", rate(g.new_tokens, g.decode_time))),
     ];
-    if g.evicted_tokens > 0 {
-        lines.push(("evicted:", format!("{} token(s) by {}", g.evicted_tokens, g.policy)));
-    }
+    lines.push(("evicted:", format!("{} token(s) by {}", g.evicted_tokens, g.policy)));
     if passes > 0 {
         lines.push(("read rate:", format!("{:.2} GB/s of weights and cache", decode * read_bytes / 1e9)));
     }
