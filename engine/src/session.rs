@@ -396,17 +396,27 @@ impl Session {
 
     /// Appends `tokens` (at least one) and returns the logits `[vocab]` after the last of them.
     pub fn eval(&mut self, tokens: &[u32]) -> Result<&mut [f32], EngineError> {
+        self.eval_while(tokens, || true)?;
+        Ok(&mut self.logits)
+    }
+
+    /// Appends `tokens` batch by batch for as long as `go` says so before each of them, and keeps the logits after the last.
+    /// False if it broke off.
+    fn eval_while(&mut self, tokens: &[u32], mut go: impl FnMut() -> bool) -> Result<bool, EngineError> {
         self.check(tokens)?;
         let Some(last) = tokens.len().checked_sub(1) else {
             return Err(EngineError::Option("there is no token to evaluate".into()));
         };
         let batch = self.context.batch();
         for chunk in tokens.chunks(batch) {
+            if !go() {
+                return Ok(false);
+            }
             self.forward(chunk, if last == 0 { 0 } else { tokens.len() })?;
         }
         self.logits.clear();
         self.context.logits(&[(last % batch) as u32], &mut self.logits)?;
-        Ok(&mut self.logits)
+        Ok(true)
     }
 
     /// Appends `tokens`, giving `each` the logits `[vocab]` after every one of them, in order.
@@ -432,7 +442,8 @@ impl Session {
     }
 
     /// Continues `prompt` (the whole conversation's tokens: what is cached of it already is not computed again) until
-    /// something ends it, handing out text as soon as it is complete UTF-8 and no stop string can begin in it.
+    /// something ends it, handing out text as soon as it is complete UTF-8 and no stop string can begin in it. Before each
+    /// batch of the prompt `on_text` gets an empty text, so that a long prompt can be broken off too.
     ///
     /// # Errors
     /// [`EngineError::Context`] if the prompt leaves no room for a single new token.
@@ -469,10 +480,10 @@ impl Session {
         }
         let common = self.truncate(common);
         let start = Instant::now();
-        self.eval(&prompt[common..])?;
+        let read = self.eval_while(&prompt[common..], || on_text("").is_continue())?;
         sampler.prime(prompt);
         let mut out = Generated {
-            reason: FinishReason::Length,
+            reason: FinishReason::Cancelled,
             prompt_tokens: prompt.len(),
             cached_tokens: common,
             prompt_time: start.elapsed(),
@@ -482,6 +493,10 @@ impl Session {
             evicted_tokens: 0,
             policy: self.policy(),
         };
+        if !read {
+            out.evicted_tokens = self.evicted();
+            return Ok(out);
+        }
         let model = self.model().clone();
         let mut text = Tail {
             decoder: StreamDecoder::new(model.vocab(), o.special).showing(o.show.iter().copied()),

@@ -2,7 +2,8 @@
 
 use engine::text::EncodeOptions;
 use engine::{
-    EngineError, GenerateOptions, LoadOptions, Model, Sampler, SamplerOptions, Session, SessionOptions,
+    EngineError, FinishReason, GenerateOptions, LoadOptions, Model, Sampler, SamplerOptions, Session,
+    SessionOptions,
 };
 use ref_tests::{log_softmax, root};
 use std::ops::ControlFlow;
@@ -74,4 +75,40 @@ fn questions_are_answered_as_often_as_in_pytorch() {
     let theirs = json("metrics.json")["story_answers_right"].as_f64().unwrap() * questions.len() as f64;
     println!("{right} of {} right, PyTorch {theirs:.0}", questions.len());
     assert!(questions.len() == 60 && (right as f64 - theirs).abs() <= 2.0);
+}
+
+#[test]
+fn a_prompt_broken_off_does_no_harm() {
+    let model = demo();
+    let prompt: Vec<u32> = (0..200).map(|i| 100 + i * 7 % 300).collect();
+    for kv in ["full", "snapkv:budget=64", "h2o:budget=64,recent=16"] {
+        let options =
+            SessionOptions { ctx: 512, batch: 32, kv: kv.parse().unwrap(), ..SessionOptions::default() };
+        let limit = GenerateOptions { max_tokens: Some(20), ignore_eos: true, ..GenerateOptions::default() };
+        let run = |s: &mut Session, stop_at: usize| {
+            let mut calls = 0;
+            let mut sampler = Sampler::new(SamplerOptions::greedy()).unwrap();
+            s.generate(&prompt, &mut sampler, &limit, |_| {
+                calls += 1;
+                if calls == stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })
+            .unwrap()
+        };
+        let whole = run(&mut Session::new(&model, &options).unwrap(), 0);
+        let mut s = Session::new(&model, &options).unwrap();
+        let cut = run(&mut s, 3);
+        assert_eq!(
+            (&cut.reason, cut.new_tokens, s.tokens().len()),
+            (&FinishReason::Cancelled, 0, 64),
+            "{kv}"
+        );
+        s.truncate(0);
+        assert_eq!(run(&mut s, 0).tokens, whole.tokens, "{kv}");
+        if kv == "full" {
+            s.truncate(0);
+            run(&mut s, 3);
+            let on = run(&mut s, 0);
+            assert_eq!((on.cached_tokens, on.tokens), (64, whole.tokens), "what was read is used");
+        }
+    }
 }

@@ -342,6 +342,8 @@ impl Arena {
         self.step.forget();
         let s = self.sequences[id.index as usize].as_mut().expect("checked");
         s.tokens.truncate(left);
+        // What comes next is a prompt of its own, even if the latest was broken off and nothing is taken back.
+        s.progress.reading = Progress::default().reading;
         if left < now {
             s.progress = Progress { prompt_end: s.progress.prompt_end.min(left), ..Progress::default() };
         }
