@@ -133,14 +133,15 @@ def quantise(source, target, kind, embedding=None, output=None, pure=False):
         raise Refused(f"llama.cpp cannot quantise {source} to {kind}")
 
 
-def timings(path, prompt, generate, threads, depth=0, cache="f16", repeat=3, flash=False, state=None):
+def timings(path, prompt, generate, threads, depth=0, cache="f16", repeat=3, flash=False, state=None, repack=True):
     """Tokens per second, best and mean of `repeat`, after `depth` tokens of context.
 
     {"pp512": {"best", "mean"}, "tg64": ...} for a prompt of 512 tokens in batches of 512, and 64 tokens one by one. The
     context is computed once and cut back before each run; `state` names a file that keeps it from one call to the next.
     """
     # A fixed size, so that a state fits whatever is measured after it.
-    p = Peer(path, context=depth + max(prompt, generate, 256) + 64, batch=512, threads=threads, cache=cache, flash=flash)
+    p = Peer(path, context=depth + max(prompt, generate, 256) + 64, batch=512, threads=threads, cache=cache, flash=flash,
+             repack=repack)
     r, out = np.random.default_rng(1), {}
     ids = [int(x) for x in r.integers(3, p.vocab_size, depth + max(prompt, generate, 256))]
     memory = lc.llama_get_memory(p.context)

@@ -1,7 +1,9 @@
 //! `peers`: rsinfer and llama.cpp on the same models, in turns, beside the machine's own limits: a Markdown table and a plot.
 
 use anyhow::{Context, Result, bail};
-use benches::peers::{Case, Kind, Limits, Measured, Peer, Programs, Results, Round, Run, Test, Work};
+use benches::peers::{
+    Case, Kind, Limits, Measured, Peer, PeerForm, Programs, Results, Round, Run, Test, Work,
+};
 use benches::peers::{WATCH, draw, markdown, median, replace_between, watch};
 use benches::synth;
 use clap::Parser;
@@ -12,7 +14,7 @@ use std::process::Command;
 /// Measure rsinfer beside llama.cpp: prompts and decoding, every model made on the spot and removed
 #[derive(Parser)]
 #[command(after_help = "Examples:\n  \
-    peers                                   the whole table (an hour on two cores)\n  \
+    peers                                   the whole table (half an hour on two quiet cores)\n  \
     peers --only llama-3.2-1b-Q4            the rows whose name contains it\n  \
     peers --case gemma-3-4b:Q4_0 --rounds 1\n  \
     peers --tiny                            a test of the command itself, in a minute\n\n\
@@ -43,13 +45,14 @@ struct Args {
     /// Tokens decoded
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     generate: u16,
-    /// Context of the test of decoding at depth (DeepSeek)
+    /// Context of the test of decoding at depth
     #[arg(long, default_value_t = 4096, value_name = "N")]
     depth: u16,
     /// Python that has llama-cpp-python
     #[arg(long, value_name = "FILE")]
     python: Option<PathBuf>,
-    /// The same, built without AMX, for models that it cannot run with it
+    /// The same, built without AMX, for models that it cannot run with it [default: built where --python is not given, and
+    /// otherwise its weights are not repacked]
     #[arg(long, value_name = "FILE")]
     python_without_amx: Option<PathBuf>,
     /// Measure rsinfer alone
@@ -133,7 +136,7 @@ fn programs(a: &Args, threads: usize, out: &Path) -> Result<Programs> {
         (Some(python), _) => Some(python.clone()),
         (None, _) => Some(environment(&target().join("peers-venv"), Build::Default)?),
     };
-    let peer = python.map(|python| Peer { python, script: script() });
+    let peer = python.map(|python| Peer { python, script: script(), repack: true });
     let prefix = a.prefix.iter().flat_map(|p| p.split_whitespace()).map(Into::into).collect();
     Ok(Programs {
         this,
@@ -231,22 +234,26 @@ fn reads_a_prompt(python: &Path) -> Result<bool> {
     Ok(out.status.success())
 }
 
-/// The peer that can run a model, and whether it is the one without AMX.
-fn peer_for(a: &Args, programs: &Programs, path: &Path) -> Result<Option<(Peer, bool)>> {
+/// The peer that can run a model.
+fn peer_for(a: &Args, programs: &Programs, path: &Path) -> Result<Option<(Peer, PeerForm)>> {
     let Some(peer) = &programs.peer else { return Ok(None) };
-    let Err(e) = programs.probe(peer, path) else { return Ok(Some((peer.clone(), false))) };
+    let Err(e) = programs.probe(peer, path) else { return Ok(Some((peer.clone(), PeerForm::Default))) };
     let amx = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|t| t.contains("amx_tile"));
     if !amx {
         return Err(e);
     }
-    eprintln!("{e:#}: trying without AMX");
-    let python = match &a.python_without_amx {
-        Some(python) => python.clone(),
-        None => environment(&target().join("peers-venv-without-amx"), Build::WithoutAmx)?,
+    let without_amx = match (&a.python_without_amx, &a.python) {
+        (Some(python), _) => Some(python.clone()),
+        (None, None) => Some(environment(&target().join("peers-venv-without-amx"), Build::WithoutAmx)?),
+        (None, Some(_)) => None,
     };
-    let peer = Peer { python, ..peer.clone() };
+    let (peer, form) = match without_amx {
+        Some(python) => (Peer { python, ..peer.clone() }, PeerForm::WithoutAmx),
+        None => (Peer { repack: false, ..peer.clone() }, PeerForm::NotRepacked),
+    };
+    eprintln!("{e:#}: trying {}", form.note());
     programs.probe(&peer, path)?;
-    Ok(Some((peer, true)))
+    Ok(Some((peer, form)))
 }
 
 fn measure(a: &Args, programs: &Programs, out: &Path) -> Result<Results> {
@@ -358,7 +365,7 @@ fn measure_case(
         types: case.types.to_string(),
         file_bytes: file.total_bytes(),
         float: case.float(),
-        peer_without_amx: peer.is_some_and(|p| p.1),
+        peer_form: peer.map_or(PeerForm::Default, |p| p.1),
         tests: runs.into_iter().map(|r| r.1).collect(),
     })
 }

@@ -19,12 +19,12 @@ pub struct Case {
 const TABLE: [(&str, &str, bool); 9] = [
     ("llama-3.2-1b", "Q2_K", false),
     ("llama-3.2-1b", "Q3_K", false),
-    ("llama-3.2-1b", "Q4_K", false),
+    ("llama-3.2-1b", "Q4_K", true),
     ("llama-3.2-1b", "Q5_K", false),
     ("llama-3.2-1b", "Q6_K", false),
     ("llama-3.2-1b", "Q8_0", false),
     ("llama-3.2-1b", "Q4_0", false),
-    ("gemma-3-1b", "Q4_0", false),
+    ("gemma-3-1b", "Q4_0", true),
     ("deepseek-v2-lite", "Q4_K", true),
 ];
 
@@ -41,15 +41,14 @@ impl Case {
         Some(Self { geometry: Geometry::named(model)?, types: Types::from_name(types)?, deep })
     }
 
-    /// `MODEL:TYPE`; DeepSeek models are measured at depth too.
+    /// `MODEL:TYPE`, measured at depth too.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn parse(s: &str) -> Result<Self, String> {
         let (model, types) =
             s.split_once(':').ok_or_else(|| format!("{s:?} is not of the form MODEL:TYPE"))?;
-        Self::new(model, types, model.starts_with("deepseek"))
-            .ok_or_else(|| format!("{s:?}: no such model or no such type"))
+        Self::new(model, types, true).ok_or_else(|| format!("{s:?}: no such model or no such type"))
     }
 
     /// `llama-3.2-1b-Q4_K`.

@@ -50,6 +50,30 @@ pub struct Test {
     pub rounds: Vec<Round>,
 }
 
+/// How the peer runs a model: llama.cpp's AMX kernels have no place for the products of latent attention, and its scheduler
+/// ends in an assertion.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerForm {
+    /// With its defaults.
+    #[default]
+    Default,
+    /// Built without AMX.
+    WithoutAmx,
+    /// With the weights as they lie in the file, for none of its kernels repacked.
+    NotRepacked,
+}
+
+impl PeerForm {
+    /// What a reader of its figures must know.
+    pub fn note(self) -> &'static str {
+        match self {
+            Self::Default => "with its defaults",
+            Self::WithoutAmx => "built without AMX",
+            Self::NotRepacked => "without repacked weights",
+        }
+    }
+}
+
 /// A model's tests.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
@@ -61,8 +85,8 @@ pub struct Measured {
     pub file_bytes: u64,
     /// Whether prompts are measured against the peak of f32 (float files) instead of int8.
     pub float: bool,
-    /// Whether the peer was built without AMX, since it cannot run the model with it.
-    pub peer_without_amx: bool,
+    /// What the peer needed to run it.
+    pub peer_form: PeerForm,
     /// The tests.
     pub tests: Vec<Test>,
 }

@@ -64,6 +64,8 @@ pub struct Peer {
     pub python: PathBuf,
     /// `ref-tests/llama_cpp/bench_peer.py`.
     pub script: PathBuf,
+    /// Whether it may repack weights.
+    pub repack: bool,
 }
 
 /// One measurement of a model.
@@ -135,7 +137,7 @@ pub fn watch(report: &Path, words: &[OsString]) -> Result<i32> {
 /// Share of all cores that others may take before a measurement is taken again.
 const CALM: f64 = 0.03;
 /// How often it is tried.
-const TRIES: usize = 6;
+const TRIES: usize = 3;
 
 impl Programs {
     /// The text of a measurement during which others left the machine alone; the least disturbed of several if they never do.
@@ -226,9 +228,9 @@ impl Programs {
         Ok(rates)
     }
 
-    fn peer_args(&self, script: &Path, model: &Path, run: Run) -> Vec<String> {
+    fn peer_args(&self, peer: &Peer, model: &Path, run: Run) -> Vec<String> {
         let mut args = vec![
-            script.display().to_string(),
+            peer.script.display().to_string(),
             model.display().to_string(),
             format!("-p{}", run.prompt),
             format!("-n{}", run.generate),
@@ -236,6 +238,9 @@ impl Programs {
             format!("-t{}", self.threads),
             "-r1".into(),
         ];
+        if !peer.repack {
+            args.push("--no-repack".into());
+        }
         if run.depth > 0 {
             args.extend(["--state".into(), self.scratch.join("peer.state").display().to_string()]);
         }
@@ -248,7 +253,7 @@ impl Programs {
     /// What it said when it failed.
     pub fn probe(&self, peer: &Peer, model: &Path) -> Result<()> {
         let run = Run { prompt: 40, generate: 1, depth: 0 };
-        self.output(&peer.python, &self.peer_args(&peer.script, model, run)).map(|_| ())
+        self.output(&peer.python, &self.peer_args(peer, model, run)).map(|_| ())
     }
 
     /// Lets the peer compute its context at depth once, outside of any measurement: at a depth of thousands of tokens this
@@ -259,7 +264,7 @@ impl Programs {
     pub fn prepare(&self, peer: &Peer, model: &Path, depth: usize) -> Result<()> {
         self.forget_peer_state();
         let run = Run { prompt: 0, generate: 1, depth };
-        self.output(&peer.python, &self.peer_args(&peer.script, model, run)).map(|_| ())
+        self.output(&peer.python, &self.peer_args(peer, model, run)).map(|_| ())
     }
 
     /// Removes the peer's state at depth.
@@ -273,7 +278,7 @@ impl Programs {
     /// # Errors
     /// It failed, or printed something else than expected.
     pub fn theirs(&self, peer: &Peer, model: &Path, run: Run) -> Result<Rates> {
-        let text = self.measured(&peer.python, &self.peer_args(&peer.script, model, run))?;
+        let text = self.measured(&peer.python, &self.peer_args(peer, model, run))?;
         let line = text.lines().next_back().context("the peer printed nothing")?;
         let found: Value =
             serde_json::from_str(line).with_context(|| format!("the peer printed {line:?}"))?;

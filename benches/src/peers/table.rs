@@ -1,6 +1,6 @@
 //! Results as Markdown. Knows nothing of how they were measured.
 
-use super::{Kind, Measured, Results, Test};
+use super::{Kind, Measured, PeerForm, Results, Test};
 use std::fmt::Write;
 
 /// Both tables: the comparison, and the roofline.
@@ -32,15 +32,19 @@ pub fn markdown(r: &Results) -> String {
             m.file_bytes as f64 / 1e9,
             name(&t.kind),
             t.peer().map_or("-".into(), rate),
-            if m.peer_without_amx { "*" } else { "" },
+            if m.peer_form == PeerForm::Default { "" } else { "*" },
             rate(t.ours()),
             t.ratio().map_or("-".into(), |v| format!("{v:.2}")),
             t.peer_share().map_or("-".into(), percent),
             percent(t.share()),
         );
     });
-    if r.models.iter().any(|m| m.peer_without_amx) {
-        out += "\n\\* built without AMX: with it, it cannot run this model.\n";
+    let mut forms: Vec<_> =
+        r.models.iter().map(|m| m.peer_form).filter(|f| *f != PeerForm::Default).collect();
+    forms.dedup();
+    for form in forms {
+        let _ =
+            writeln!(out, "\n\\* {}: with its defaults it stops at an assertion on this model.", form.note());
     }
     out += "\nThe roofline: what a token needs, what the machine could do, what is reached.\n\n";
     out += "| model, type | test | a token needs | limit, tokens/s | reached | % of the limit | rounds apart |\n";
@@ -122,7 +126,7 @@ mod tests {
                 types: "Q4_K".into(),
                 file_bytes: 770_000_000,
                 float: false,
-                peer_without_amx: true,
+                peer_form: PeerForm::NotRepacked,
                 tests: vec![slow, test],
             }],
         };
@@ -131,6 +135,7 @@ mod tests {
             "| llama-3.2-1b Q4_K (0.77) | tg64 @ d4096 | 20.0* | 30.0 | 1.50 | 50% | 75% |",
             "| llama-3.2-1b Q4_K (0.77) | pp512 | -* | 150 | - | - | 50% |",
             "| llama-3.2-1b Q4_K | pp512 | 1.00 GMAC int8 | 300 | 150 | 50% | 0% |",
+            "\\* without repacked weights: with its defaults",
         ] {
             assert!(text.contains(row), "{row}\n{text}");
         }
