@@ -11,7 +11,7 @@ fn small(name: &str) -> Geometry {
 
 /// Logits after each of a few tokens.
 fn logits(path: &Path) -> Vec<Vec<f32>> {
-    let model = Model::load(path, &LoadOptions { mmap: true, threads: 2 }).expect("it loads");
+    let model = Model::load(path, &LoadOptions { threads: 2, ..Default::default() }).expect("it loads");
     let mut session =
         Session::new(&model, &SessionOptions { ctx: 64, ..Default::default() }).expect("it opens");
     let mut rows = Vec::new();

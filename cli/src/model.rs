@@ -172,7 +172,7 @@ impl LoadConfig {
                 }
             })
         });
-        let options = LoadOptions { mmap: self.mmap, threads: self.threads };
+        let options = LoadOptions { mmap: self.mmap, threads: self.threads, ..Default::default() };
         let model = match &self.source {
             Source::File(p) => Model::load(p, &options),
             Source::Demo => Model::load_static(crate::demo::NAME, crate::demo::bytes(), &options),

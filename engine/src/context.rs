@@ -113,8 +113,11 @@ impl Context {
                 self.rows
             )));
         }
+        self.model.file().check()?;
         self.arena.begin(rows)?;
         self.runner.forward(&self.ids, &mut self.arena)?;
+        // Weights that could not be read were zeros: nothing may be built on the result.
+        self.model.file().check()?;
         self.arena.commit()
     }
 
@@ -146,7 +149,8 @@ impl Context {
         if let Some(r) = rows.iter().find(|r| **r as usize >= self.ids.len()) {
             return Err(EngineError::Option(format!("row {r} of a pass of {}", self.ids.len())));
         }
-        self.runner.logits(rows, out)
+        self.runner.logits(rows, out)?;
+        Ok(self.model.file().check()?)
     }
 }
 

@@ -10,11 +10,13 @@ pub mod gguf;
 pub mod kv;
 mod layers;
 mod model;
+pub mod pager;
 pub mod plan;
 pub mod quantize;
 pub mod sample;
 mod session;
 pub mod text;
+mod usage;
 mod weights;
 
 pub use context::Context;
@@ -24,3 +26,4 @@ pub use kv::{Arena, ArenaOptions, CacheTypes, KvSpec, Rows, SeqId};
 pub use quant::DType;
 pub use sample::{Constraint, SampleError, Sampler, SamplerOptions};
 pub use session::*;
+pub use usage::Usage;

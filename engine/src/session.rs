@@ -20,6 +20,7 @@ use crate::context::{Context, arena_options};
 use crate::gguf::{File, OpenMode};
 use crate::kv::{CacheTypes, KvSpec, Rows, SeqId, Watcher};
 use crate::model::{self, Network};
+use crate::pager::{Pager, PagerOptions};
 use crate::sample::{Constraint, Sampler};
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
 use kernels::Device;
@@ -36,6 +37,10 @@ use std::time::{Duration, Instant};
 pub struct LoadOptions {
     /// Map the file instead of reading it into memory.
     pub mmap: bool,
+    /// Keep the mapped file in memory, all of it.
+    pub lock: bool,
+    /// What of a mapped file stays in memory where not all can.
+    pub pager: PagerOptions,
     /// Compute threads.
     pub threads: usize,
 }
@@ -43,7 +48,12 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     /// Mapped, with one thread per core that the process may use.
     fn default() -> Self {
-        Self { mmap: true, threads: std::thread::available_parallelism().map_or(1, Into::into) }
+        Self {
+            mmap: true,
+            lock: false,
+            pager: PagerOptions::default(),
+            threads: std::thread::available_parallelism().map_or(1, Into::into),
+        }
     }
 }
 
@@ -80,6 +90,7 @@ pub struct Model {
     vocab: Vocab,
     chat: ChatTemplate,
     file: File,
+    pager: Arc<Pager>,
 }
 
 impl Model {
@@ -103,7 +114,13 @@ impl Model {
 
     fn from_file(file: File, options: &LoadOptions) -> Result<Arc<Self>, EngineError> {
         let device = Device::new(CpuBackend::new(options.threads));
-        let network = model::load(&file, &device)?;
+        let mut paging = options.pager;
+        if options.lock {
+            file.lock()?;
+            paging = PagerOptions { pin: 0, memory: Some(u64::MAX) };
+        }
+        let pager = Arc::new(Pager::new(&file, paging));
+        let network = model::load(&file, &device, pager.clone())?;
         let vocab = Vocab::from_metadata(file.metadata())?;
         let dims = network.dims();
         if vocab.len() != dims.n_vocab {
@@ -115,7 +132,9 @@ impl Model {
         }
         let chat = ChatTemplate::from_metadata(file.metadata(), &vocab)?;
         let info = describe(&file, &*network, &device)?;
-        Ok(Arc::new(Self { info, network, device, vocab, chat, file }))
+        // What was read of a file that was cut off meanwhile is not what it held.
+        file.check()?;
+        Ok(Arc::new(Self { info, network, device, vocab, chat, file, pager }))
     }
 
     /// What the file says of itself.
@@ -136,6 +155,11 @@ impl Model {
     /// The file.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// What reads mapped weights ahead and gives them up, with its counts.
+    pub fn pager(&self) -> &Pager {
+        &self.pager
     }
 
     pub(crate) fn network(&self) -> &Arc<dyn Network> {

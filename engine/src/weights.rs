@@ -2,14 +2,17 @@
 
 use crate::EngineError;
 use crate::gguf::{File, TensorInfo};
+use crate::pager::Pager;
 use kernels::{Device, Vector, Weight};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 /// Hands out the tensors of a file by name and shape. Shapes are `[count, rows (out), cols (in)]`: GGUF's, reversed.
 pub struct Loader<'a> {
     file: &'a File,
     device: &'a Device,
+    pager: Arc<Pager>,
     taken: RefCell<HashSet<String>>,
     /// Tensors that must be in parts of the model that are not there, as they probably are.
     guessed: RefCell<HashMap<String, TensorInfo>>,
@@ -17,8 +20,13 @@ pub struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     /// A loader of `file` for `device`.
-    pub fn new(file: &'a File, device: &'a Device) -> Self {
-        Self { file, device, taken: RefCell::default(), guessed: RefCell::default() }
+    pub fn new(file: &'a File, device: &'a Device, pager: Arc<Pager>) -> Self {
+        Self { file, device, pager, taken: RefCell::default(), guessed: RefCell::default() }
+    }
+
+    /// What a forward pass tells where it is.
+    pub fn pager(&self) -> Arc<Pager> {
+        self.pager.clone()
     }
 
     /// Whether the file has this tensor.

@@ -20,7 +20,7 @@ fn tokens() -> usize {
 
 fn demo() -> Arc<Model> {
     let path = root().join("ref-tests/demo-model/demo-q8_0.gguf");
-    Model::load(&path, &LoadOptions { mmap: true, threads: 2 }).expect("the demo model loads")
+    Model::load(&path, &LoadOptions { threads: 2, ..Default::default() }).expect("the demo model loads")
 }
 
 fn session(model: &Arc<Model>, kv: &str, ctx: usize) -> Session {

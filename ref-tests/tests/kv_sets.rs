@@ -8,7 +8,7 @@ use ref_tests::{compare, fixture, read_npy};
 use std::sync::{Arc, Mutex};
 
 fn model(name: &str) -> Arc<Model> {
-    Model::load(&fixture(name).join("model.gguf"), &LoadOptions { mmap: true, threads: 2 })
+    Model::load(&fixture(name).join("model.gguf"), &LoadOptions { threads: 2, ..Default::default() })
         .expect("a fixture")
 }
 

@@ -34,7 +34,7 @@ fn smaller_types_cost_what_the_table_says() {
     let text: Vec<char> = std::fs::read_to_string(path).unwrap().chars().collect();
     let text: String = text[(text.len() as f64 * 0.9) as usize..].iter().collect();
     let path = root().join("ref-tests/demo-model/demo-q8_0.gguf");
-    let model = Model::load(&path, &LoadOptions { mmap: true, threads: 2 }).unwrap();
+    let model = Model::load(&path, &LoadOptions { threads: 2, ..Default::default() }).unwrap();
     let ids = model.vocab().encode(&text, EncodeOptions { add_special: true, parse_special: true });
     let ids = &ids[..CHUNKS * TOKENS];
     let vocab = model.info().n_vocab;

@@ -33,7 +33,8 @@ fn cases() -> Vec<Case> {
         let path = fixture(json["model"].as_str().unwrap()).join("model.gguf");
         Case {
             name: p.file_stem().unwrap().to_string_lossy().into_owned(),
-            model: Model::load(&path, &LoadOptions { mmap: true, threads: 2 }).expect("the fixture loads"),
+            model: Model::load(&path, &LoadOptions { threads: 2, ..Default::default() })
+                .expect("the fixture loads"),
             sinks,
             window,
             spec: spec.parse().expect("a configuration"),

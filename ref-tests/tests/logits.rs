@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 /// Evaluates all tokens in batches of `batch`; returns `[n, vocab]`.
 fn logits(model: &Path, tokens: &[u32], batch: usize, cache: DType, threads: usize) -> Vec<f32> {
-    let model = Model::load(model, &LoadOptions { mmap: true, threads }).expect("the fixture loads");
+    let model =
+        Model::load(model, &LoadOptions { threads, ..Default::default() }).expect("the fixture loads");
     let options =
         SessionOptions { ctx: tokens.len(), batch, cache_k: cache, cache_v: cache, ..Default::default() };
     let mut session = Session::new(&model, &options).expect("a session");

@@ -91,7 +91,8 @@ fn check(path: &Path, c: &Case) {
     };
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
-    let model = Model::load(path, &LoadOptions { mmap: c.mmap, threads: 2 }).expect("the model loads");
+    let model = Model::load(path, &LoadOptions { mmap: c.mmap, threads: 2, ..Default::default() })
+        .expect("the model loads");
     let mut s = Session::new(&model, &session).expect("a session");
     let n_vocab = model.info().n_vocab as u32;
     let tokens: Vec<u32> = (0..c.ctx as u32 - 8).map(|i| (i * 7 + 3) % n_vocab).collect();

@@ -10,7 +10,7 @@ const STORY: &str = ", there was a little girl named Lily. She loved to play out
 fn stories260k_tells_its_story_word_for_word() {
     let Some(path) = ref_tests::shared("models/stories260K.gguf") else { return };
     for mmap in [true, false] {
-        let model = Model::load(&path, &LoadOptions { mmap, threads: 1 }).unwrap();
+        let model = Model::load(&path, &LoadOptions { mmap, threads: 1, ..Default::default() }).unwrap();
         let options = SessionOptions { ctx: 256, ..SessionOptions::default() };
         let mut session = Session::new(&model, &options).unwrap();
         let prompt = model

@@ -91,8 +91,8 @@ fn llama_cpp_computes_the_same_logits() {
             output(&python, "llama_cpp/compare.py", &args);
             let (rows, vocab, theirs) = read_npy(Path::new(npy));
             assert_eq!((rows, vocab), (ids.len(), 1000));
-            let model =
-                Model::load(path.as_ref(), &LoadOptions { mmap: true, threads: 2 }).expect("it loads");
+            let model = Model::load(path.as_ref(), &LoadOptions { threads: 2, ..Default::default() })
+                .expect("it loads");
             let f32 = engine::DType::F32;
             let o = SessionOptions { ctx: 64, batch: 64, cache_k: f32, cache_v: f32, ..Default::default() };
             let mut ours = Vec::new();

@@ -231,6 +231,27 @@ pub enum ErrorKind {
         /// Bytes asked for.
         bytes: u64,
     },
+    /// Something shortened or wrote to the file while it was mapped.
+    #[error(
+        "was {how} while it was in use: load the model again; a file is replaced safely by renaming another over it"
+    )]
+    Changed {
+        /// What was done to it.
+        how: &'static str,
+    },
+    /// A disk error, or a file that was cut off and has grown again.
+    #[error("could not be read while it was in use (a disk error, or a file cut off): load the model again")]
+    Unreadable,
+    /// The system keeps no more pages in memory for this process.
+    #[error(
+        "{bytes} bytes cannot be locked in memory: {error}; raise the limit (ulimit -l), or leave --mlock out"
+    )]
+    Lock {
+        /// Bytes of the file.
+        bytes: u64,
+        /// The system's answer.
+        error: std::io::Error,
+    },
     /// The writer was given more or less data than it was told to expect.
     #[error("tensor {tensor}: {found} bytes of data written, {expected} announced")]
     WriteSize {

@@ -14,7 +14,7 @@ use kernels::HostBytes;
 use super::error::{ErrorKind, GgufError, shown};
 use super::header::{self, Header};
 pub use super::mmap::Access;
-use super::mmap::Map;
+use super::mmap::{Damage, Map};
 use super::split::{self, SplitName};
 use super::tensor::TensorInfo;
 use super::value::Metadata;
@@ -245,6 +245,46 @@ impl File {
         for (i, part) in self.parts.iter().enumerate() {
             self.advise_range(i, 0..part.bytes.len(), access);
         }
+    }
+
+    /// Whether the mapped files are still what was opened: the bytes that were read since are to be trusted only if they are.
+    /// Files that were replaced or deleted meanwhile are: the map holds on to what was opened.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Changed`], [`ErrorKind::Unreadable`].
+    pub fn check(&self) -> Result<(), GgufError> {
+        for p in &self.parts {
+            if let Some(Err(damage)) = p.map.as_ref().map(|m| m.check()) {
+                let kind = match damage {
+                    Damage::Truncated => ErrorKind::Changed { how: "truncated" },
+                    Damage::Changed => ErrorKind::Changed { how: "written to" },
+                    Damage::Unreadable => ErrorKind::Unreadable,
+                    Damage::Io(e) => ErrorKind::Io(e),
+                };
+                return Err(GgufError::new(&p.path, kind));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps all mapped bytes in memory, reading them now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Lock`].
+    pub fn lock(&self) -> Result<(), GgufError> {
+        for p in &self.parts {
+            if let Some(map) = &p.map {
+                let bytes = map.len() as u64;
+                map.lock(0..map.len())
+                    .map_err(|e| GgufError::new(&p.path, ErrorKind::Lock { bytes, error: e }))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The map of a part; `None` where it is in memory.
+    pub(crate) fn map(&self, part: usize) -> Option<&Arc<Map>> {
+        self.parts.get(part)?.map.as_ref()
     }
 
     fn advise_range(&self, part: usize, range: Range<usize>, access: Access) {

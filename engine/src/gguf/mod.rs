@@ -16,6 +16,7 @@ mod writer;
 
 pub use error::{ErrorKind, GgufError};
 pub use file::{Access, File, OpenMode};
+pub(crate) use mmap::Map;
 pub use summary::{Summary, TypeShare, file_type_name, size_label};
 pub use tensor::{TensorInfo, type_id_name};
 pub use value::{Array, Metadata, MetadataError, Value};

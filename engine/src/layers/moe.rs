@@ -3,10 +3,12 @@
 
 use super::ffn::Dense;
 use crate::EngineError;
+use crate::pager::Pager;
 use crate::weights::Loader;
 use kernels::{
     Activation, Device, Ffn, Gating, Groups, Limits, Router, Routes, Vector, View, ViewMut, Weight, Write,
 };
+use std::sync::Arc;
 
 /// The routing rules of a model.
 #[derive(Clone, Copy, Debug)]
@@ -38,11 +40,14 @@ pub struct Moe {
     up: Weight,
     down: Weight,
     shared: Option<Dense>,
+    layer: usize,
+    pager: Arc<Pager>,
 }
 
 impl Moe {
-    /// Takes the tensors of layer `prefix` (`blk.3.`).
-    pub fn load(w: &Loader<'_>, prefix: &str, d: usize, rules: Routing) -> Result<Self, EngineError> {
+    /// Takes the tensors of layer `layer`.
+    pub fn load(w: &Loader<'_>, layer: usize, d: usize, rules: Routing) -> Result<Self, EngineError> {
+        let prefix = &format!("blk.{layer}.");
         let (e, f) = (rules.experts, rules.hidden);
         let shared = match rules.shared {
             0 => None,
@@ -56,6 +61,8 @@ impl Moe {
             up: w.stack(&format!("{prefix}ffn_up_exps.weight"), e, f, d)?,
             down: w.stack(&format!("{prefix}ffn_down_exps.weight"), e, d, f)?,
             shared,
+            layer,
+            pager: w.pager(),
         })
     }
 
@@ -83,6 +90,7 @@ impl Moe {
             scale: r.scale,
         };
         dev.route(router, h, routes)?;
+        self.pager.experts(self.layer, &routes.ids);
         dev.moe(self.experts(), routes, self.shared.as_ref().map(Dense::op), h, out, write)?;
         Ok(())
     }

@@ -10,6 +10,7 @@ use crate::layers::head::{Head, HeadBufs};
 use crate::layers::mla::{Mla, MlaBufs, Shape};
 use crate::layers::moe::{FeedForward, Moe, Routing};
 use crate::layers::rope::{Rope, RopeTable, Scaling, yarn_mscale};
+use crate::pager::Pager;
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Gating, GroupScore, Groups, Limits, Routes, Vector, Weight, Write};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ struct Layer {
 /// Weights and configuration.
 pub struct DeepSeek2 {
     dev: Device,
+    pager: Arc<Pager>,
     attn: Shape,
     rope: Rope,
     embed: Weight,
@@ -49,7 +51,7 @@ impl DeepSeek2 {
                 attn: Mla::load(w, &p, &attn)?,
                 ffn_norm: w.vector(&format!("{p}ffn_norm.weight"), d)?,
                 ffn: match &routing {
-                    Some(r) if i >= dense_layers => FeedForward::Moe(Box::new(Moe::load(w, &p, d, *r)?)),
+                    Some(r) if i >= dense_layers => FeedForward::Moe(Box::new(Moe::load(w, i, d, *r)?)),
                     _ => FeedForward::Dense(Box::new(Dense::load(
                         w,
                         &p,
@@ -62,7 +64,7 @@ impl DeepSeek2 {
             });
         }
         let head = Head::load(w, &embed, attn.eps)?;
-        Ok(Self { dev: dev.clone(), attn, rope, embed, layers, head })
+        Ok(Self { dev: dev.clone(), pager: w.pager(), attn, rope, embed, layers, head })
     }
 
     /// Head dimensions and the rotary embedding with YaRN's two conventions.
@@ -199,6 +201,7 @@ impl Runner for DeepSeek2Runner {
         dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
         rope.begin();
         for (i, layer) in m.layers.iter().enumerate() {
+            m.pager.layer(i);
             dev.rms_norm(x.view(n), &layer.attn_norm, m.attn.eps, h.view_mut(n))?;
             let angles = rope.at(dev, cache, i)?;
             layer.attn.forward(dev, &m.attn, attn, h.view(n), angles, cache, i, x.view_mut(n))?;

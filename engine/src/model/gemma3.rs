@@ -9,6 +9,7 @@ use crate::layers::attention::{Gqa, GqaBufs, Shape};
 use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
 use crate::layers::rope::{Rope, RopeTable, Scaling};
+use crate::pager::Pager;
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Limits, RopeStyle, Vector, Weight, Write};
 use std::sync::Arc;
@@ -30,6 +31,7 @@ struct Layer {
 /// Weights and configuration.
 pub struct Gemma3 {
     dev: Device,
+    pager: Arc<Pager>,
     attn: Shape,
     eps: f32,
     window: Option<usize>,
@@ -87,7 +89,7 @@ impl Gemma3 {
         }
         let head = Head::load(w, &embed, eps)?;
         let dev = dev.clone();
-        Ok(Self { dev, attn, eps, window, local_rope, global_rope, embed, layers, head })
+        Ok(Self { dev, pager: w.pager(), attn, eps, window, local_rope, global_rope, embed, layers, head })
     }
 }
 
@@ -157,6 +159,7 @@ impl Runner for Gemma3Runner {
         local.begin();
         global.begin();
         for (i, layer) in m.layers.iter().enumerate() {
+            m.pager.layer(i);
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
             let angles = if layer.global { &mut *global } else { &mut *local }.at(dev, cache, i)?;
             layer.attn.forward(dev, &m.attn, attn, h.view(n), angles, cache, i, y.view_mut(n), Write::Set)?;

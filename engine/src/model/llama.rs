@@ -8,6 +8,7 @@ use crate::layers::attention::{Gqa, GqaBufs, Shape};
 use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
 use crate::layers::rope::{Rope, RopeTable};
+use crate::pager::Pager;
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Limits, RopeStyle, Vector, Weight, Write};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ struct Layer {
 /// Weights and configuration.
 pub struct Llama {
     dev: Device,
+    pager: Arc<Pager>,
     attn: Shape,
     eps: f32,
     window: Option<usize>,
@@ -67,7 +69,7 @@ impl Llama {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        Ok(Self { dev: dev.clone(), attn, eps, window, rope, embed, layers, head })
+        Ok(Self { dev: dev.clone(), pager: w.pager(), attn, eps, window, rope, embed, layers, head })
     }
 }
 
@@ -125,6 +127,7 @@ impl Runner for LlamaRunner {
         dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
         rope.begin();
         for (i, layer) in m.layers.iter().enumerate() {
+            m.pager.layer(i);
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
             let (hv, angles, out) = (h.view(n), rope.at(dev, cache, i)?, x.view_mut(n));
             layer.attn.forward(dev, &m.attn, attn, hv, angles, cache, i, out, Write::Add)?;

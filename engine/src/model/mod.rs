@@ -7,8 +7,9 @@ mod qwen;
 
 use crate::EngineError;
 use crate::config::Hyper;
-use crate::gguf::File;
+use crate::gguf::{File, TensorInfo};
 use crate::kv::{Arena, LayerSpec};
+use crate::pager::{Pager, PagerOptions};
 use crate::weights::Loader;
 use kernels::{Device, Limits};
 use std::sync::Arc;
@@ -62,19 +63,24 @@ pub trait Runner: Send {
 ///
 /// # Errors
 /// An architecture, key, value or tensor that is not implemented is named.
-pub fn load(file: &File, dev: &Device) -> Result<Arc<dyn Network>, EngineError> {
-    Ok(load_any(file, dev)?.0)
+pub fn load(file: &File, dev: &Device, pager: Arc<Pager>) -> Result<Arc<dyn Network>, EngineError> {
+    Ok(load_with(file, dev, pager)?.0)
 }
 
 /// The same for files of which only headers were read, for planning; and the tensors that parts not found must hold.
-pub fn load_any(
+pub fn load_any(file: &File, dev: &Device) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
+    load_with(file, dev, Arc::new(Pager::new(file, PagerOptions::default())))
+}
+
+fn load_with(
     file: &File,
     dev: &Device,
-) -> Result<(Arc<dyn Network>, Vec<crate::gguf::TensorInfo>), EngineError> {
+    pager: Arc<Pager>,
+) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
     let meta = file.metadata();
     let arch = meta.need("general.architecture", meta.str("general.architecture"))?;
     let hyper = Hyper::new(meta, arch);
-    let weights = Loader::new(file, dev);
+    let weights = Loader::new(file, dev, pager);
     let network: Arc<dyn Network> = match arch {
         "deepseek2" => Arc::new(deepseek2::DeepSeek2::load(&hyper, &weights, dev)?),
         "gemma3" => Arc::new(gemma3::Gemma3::load(&hyper, &weights, dev)?),

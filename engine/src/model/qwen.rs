@@ -9,6 +9,7 @@ use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
 use crate::layers::moe::{FeedForward, Moe, Routing};
 use crate::layers::rope::{Rope, RopeTable};
+use crate::pager::Pager;
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Gating, Limits, RopeStyle, Routes, Vector, Weight, Write};
 use std::sync::Arc;
@@ -23,6 +24,7 @@ struct Layer {
 /// Weights and configuration.
 pub struct Qwen {
     dev: Device,
+    pager: Arc<Pager>,
     attn: Shape,
     eps: f32,
     rope: Rope,
@@ -61,7 +63,7 @@ impl Qwen {
                 attn: Gqa::load(w, &p, &attn, qk_norm)?,
                 ffn_norm: w.vector(&format!("{p}ffn_norm.weight"), d)?,
                 ffn: match &routing {
-                    Some(r) => FeedForward::Moe(Box::new(Moe::load(w, &p, d, *r)?)),
+                    Some(r) => FeedForward::Moe(Box::new(Moe::load(w, i, d, *r)?)),
                     None => {
                         FeedForward::Dense(Box::new(Dense::load(w, &p, "", d, hidden, Activation::Silu)?))
                     }
@@ -69,7 +71,7 @@ impl Qwen {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        Ok(Self { dev: dev.clone(), attn, eps, rope, embed, layers, head })
+        Ok(Self { dev: dev.clone(), pager: w.pager(), attn, eps, rope, embed, layers, head })
     }
 
     fn routing(h: &Hyper<'_>) -> Result<Routing, EngineError> {
@@ -149,6 +151,7 @@ impl Runner for QwenRunner {
         dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
         rope.begin();
         for (i, layer) in m.layers.iter().enumerate() {
+            m.pager.layer(i);
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
             let (hv, angles, out) = (h.view(n), rope.at(dev, cache, i)?, x.view_mut(n));
             layer.attn.forward(dev, &m.attn, attn, hv, angles, cache, i, out, Write::Add)?;

@@ -1,5 +1,6 @@
 //! What memory this machine has left for a process, from Linux's files. Knows nothing of models.
 
+use crate::usage::{Usage, kib};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,17 +12,32 @@ pub fn available_memory() -> Option<u64> {
 
 /// The same with the files under `root`.
 fn available_under(root: &Path) -> Option<u64> {
-    let system = meminfo(&fs::read_to_string(root.join("proc/meminfo")).ok()?, "MemAvailable:")?;
-    Some(group_room(root).map_or(system, |g| g.min(system)))
+    let system = kib(&fs::read_to_string(root.join("proc/meminfo")).ok()?, "MemAvailable:")?;
+    Some(group_room(root, Pages::Unused).map_or(system, |g| g.min(system)))
 }
 
-fn meminfo(text: &str, key: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+/// Bytes of memory that pages of files may take when this process and its groups give up all they have: what is not taken by
+/// anything else. Pages that this process has locked count as its own.
+pub(crate) fn room_for_files() -> Option<u64> {
+    room_for_files_under(Path::new("/"), Usage::now().map_or(0, |u| u.locked))
+}
+
+fn room_for_files_under(root: &Path, locked: u64) -> Option<u64> {
+    let system = kib(&fs::read_to_string(root.join("proc/meminfo")).ok()?, "MemAvailable:")?;
+    Some(group_room(root, Pages::All).unwrap_or(u64::MAX).min(system + locked))
+}
+
+/// Pages of files that count as free memory.
+#[derive(Clone, Copy, PartialEq)]
+enum Pages {
+    /// Those that nobody has used lately.
+    Unused,
+    /// All of them.
+    All,
 }
 
 /// The least that any group of the process has left.
-fn group_room(root: &Path) -> Option<u64> {
+fn group_room(root: &Path, free: Pages) -> Option<u64> {
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let mut least: Option<u64> = None;
     for line in groups.lines() {
@@ -30,16 +46,20 @@ fn group_room(root: &Path) -> Option<u64> {
             continue;
         };
         // Version 2 has one line without controllers; version 1 a line for memory.
-        let (base, limit, used, cache) = match names {
-            "" => ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
+        let (base, limit, used, all, shared, unused) = match names {
+            "" => ("sys/fs/cgroup", "memory.max", "memory.current", "file ", "shmem ", "inactive_file "),
             n if n.split(',').any(|n| n == "memory") => (
                 "sys/fs/cgroup/memory",
                 "memory.limit_in_bytes",
                 "memory.usage_in_bytes",
+                "total_cache ",
+                "total_shmem ",
                 "total_inactive_file ",
             ),
             _ => continue,
         };
+        // Shared memory counts among the pages of files, but there is no file to read it from again.
+        let (cache, except) = if free == Pages::All { (all, shared) } else { (unused, "-") };
         let base = root.join(base);
         let mut dir: PathBuf = base.join(path.trim_start_matches('/'));
         // In a container the group's own files are often mounted at the base, whatever its path says.
@@ -47,7 +67,7 @@ fn group_room(root: &Path) -> Option<u64> {
             dir = base.clone();
         }
         loop {
-            if let Some(room) = room(&dir, limit, used, cache) {
+            if let Some(room) = room(&dir, limit, used, (cache, except)) {
                 least = Some(least.map_or(room, |l| l.min(room)));
             }
             if dir == base || !dir.pop() {
@@ -58,14 +78,16 @@ fn group_room(root: &Path) -> Option<u64> {
     least
 }
 
-/// What is left of a group's limit; pages of files that nobody uses count as free.
-fn room(dir: &Path, limit: &str, used: &str, cache: &str) -> Option<u64> {
+/// What is left of a group's limit when the pages counted under the first key of `cache`, less the second, count as free.
+fn room(dir: &Path, limit: &str, used: &str, cache: (&str, &str)) -> Option<u64> {
     let number = |f: &str| fs::read_to_string(dir.join(f)).ok()?.trim().parse::<u64>().ok();
     let (limit, used) = (number(limit)?, number(used)?);
     let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
-    let cache =
-        stat.lines().find_map(|l| l.strip_prefix(cache)).and_then(|n| n.trim().parse().ok()).unwrap_or(0);
-    Some(limit.saturating_sub(used.saturating_sub(cache)))
+    let counted = |key: &str| {
+        stat.lines().find_map(|l| l.strip_prefix(key)).and_then(|n| n.trim().parse().ok()).unwrap_or(0u64)
+    };
+    let free = counted(cache.0).saturating_sub(counted(cache.1));
+    Some(limit.saturating_sub(used.saturating_sub(free)))
 }
 
 #[cfg(test)]
@@ -88,6 +110,7 @@ mod tests {
         assert_eq!(available_under(dir.path()), None);
         write(dir.path(), &[("proc/meminfo", MEMINFO)]);
         assert_eq!(available_under(dir.path()), Some(8000 << 10));
+        assert_eq!(room_for_files_under(dir.path(), 4096), Some((8000 << 10) + 4096));
     }
 
     #[test]
@@ -100,12 +123,13 @@ mod tests {
                 ("proc/self/cgroup", "0::/a/b\n"),
                 ("sys/fs/cgroup/a/memory.max", "3000000\n"),
                 ("sys/fs/cgroup/a/memory.current", "1500000\n"),
-                ("sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 500000\n"),
+                ("sys/fs/cgroup/a/memory.stat", "anon 5\nfile 900000\nshmem 100000\ninactive_file 500000\n"),
                 ("sys/fs/cgroup/a/b/memory.max", "max\n"),
                 ("sys/fs/cgroup/a/b/memory.current", "10\n"),
             ],
         );
         assert_eq!(available_under(dir.path()), Some(2_000_000));
+        assert_eq!(room_for_files_under(dir.path(), 0), Some(2_300_000));
     }
 
     #[test]
@@ -118,9 +142,10 @@ mod tests {
                 ("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/1234\n"),
                 ("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000000"),
                 ("sys/fs/cgroup/memory/memory.usage_in_bytes", "400000"),
-                ("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 100000\n"),
+                ("sys/fs/cgroup/memory/memory.stat", "total_cache 300000\ntotal_inactive_file 100000\n"),
             ],
         );
         assert_eq!(available_under(dir.path()), Some(700_000));
+        assert_eq!(room_for_files_under(dir.path(), 0), Some(900_000));
     }
 }

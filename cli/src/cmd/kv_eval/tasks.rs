@@ -310,7 +310,7 @@ mod tests {
     use super::*;
 
     fn demo() -> std::sync::Arc<Model> {
-        let options = engine::LoadOptions { mmap: true, threads: 1 };
+        let options = engine::LoadOptions { threads: 1, ..Default::default() };
         Model::load_static("demo", crate::demo::bytes(), &options).unwrap()
     }
 
