@@ -30,7 +30,52 @@ pub fn render(
 
 /// The tokens of a rendered prompt. Templates write BOS themselves or leave it to the vocabulary: it is there once.
 pub fn tokens(vocab: &Vocab, rendered: &str) -> Vec<u32> {
-    let mut ids = vocab.encode(rendered, EncodeOptions { add_special: false, parse_special: true });
+    with_bos(vocab, vocab.encode(rendered, EncodeOptions { add_special: false, parse_special: true }))
+}
+
+/// Marks around what must not be read as a control token. They are no characters: nobody's text has them.
+const GUARD: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
+
+/// Messages in which names of control tokens are marked as text, whoever wrote them: [`guarded_tokens`] reads the marks in what
+/// the chat template makes of the messages.
+pub fn guard(vocab: &Vocab, messages: &[Value]) -> Vec<Value> {
+    fn walk(vocab: &Vocab, v: &mut Value) {
+        match v {
+            Value::String(s) => {
+                s.retain(|c| !GUARD.contains(&c));
+                let spans: Vec<_> = vocab.control_spans(s).collect();
+                for r in spans.into_iter().rev() {
+                    s.insert(r.end, GUARD[1]);
+                    s.insert(r.start, GUARD[0]);
+                }
+            }
+            Value::Array(a) => a.iter_mut().for_each(|v| walk(vocab, v)),
+            Value::Object(o) => o.values_mut().for_each(|v| walk(vocab, v)),
+            _ => {}
+        }
+    }
+    let mut messages = messages.to_vec();
+    messages.iter_mut().for_each(|m| walk(vocab, m));
+    messages
+}
+
+/// The tokens of a prompt rendered from guarded messages.
+pub fn guarded_tokens(vocab: &Vocab, rendered: &str) -> Vec<u32> {
+    let clean = |s: &str| s.replace(GUARD, "");
+    let mut ids = Vec::new();
+    let mut rest = rendered;
+    while let Some((before, after)) = rest.split_once(GUARD[0]) {
+        let (inside, after) = after.split_once(GUARD[1]).unwrap_or((after, ""));
+        for (text, parse_special) in [(before, true), (inside, false)] {
+            ids.extend(vocab.encode(&clean(text), EncodeOptions { add_special: false, parse_special }));
+        }
+        rest = after;
+    }
+    ids.extend(vocab.encode(&clean(rest), EncodeOptions { add_special: false, parse_special: true }));
+    with_bos(vocab, ids)
+}
+
+fn with_bos(vocab: &Vocab, mut ids: Vec<u32>) -> Vec<u32> {
     if let (true, Some(bos)) = (vocab.adds_bos(), vocab.bos())
         && ids.first() != Some(&bos)
     {

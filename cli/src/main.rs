@@ -7,11 +7,13 @@ mod args;
 mod chat;
 mod cmd;
 mod demo;
+mod http;
 mod memory;
 mod model;
 mod npy;
 mod output;
 mod serve;
+mod store;
 mod text;
 mod trace;
 

@@ -14,6 +14,7 @@ pub mod pager;
 pub mod plan;
 pub mod quantize;
 pub mod sample;
+pub mod schedule;
 mod session;
 pub mod text;
 mod usage;

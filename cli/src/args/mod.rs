@@ -7,6 +7,7 @@ mod files;
 mod kv_eval;
 mod plan;
 mod run;
+mod serve;
 mod shared;
 
 use crate::cmd::Command;
@@ -23,6 +24,7 @@ use clap::{CommandFactory, Parser, Subcommand};
     after_help = "Examples:\n  \
         rsinfer run demo -p \"Tell me a story.\"        an answer from the embedded model\n  \
         rsinfer run model.gguf                        chat on the terminal\n  \
+        rsinfer serve                                 a server for Ollama's and OpenAI's clients\n  \
         rsinfer inspect model.gguf                    what a file holds\n  \
         rsinfer plan model.gguf -c 32768              where every byte would go\n  \
         rsinfer bench model.gguf -p 512 -n 128        how fast it runs here\n\n\
@@ -38,6 +40,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Sub {
     Run(Box<run::RunArgs>),
+    Serve(Box<serve::ServeArgs>),
     Logits(files::LogitsArgs),
     Tokenize(files::TokenizeArgs),
     Template(files::TemplateArgs),
@@ -54,6 +57,7 @@ pub fn parse() -> Result<Command> {
     let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
     Ok(match cli.command {
         Sub::Run(a) => Command::Run(Box::new(a.resolve()?)),
+        Sub::Serve(a) => Command::Serve(Box::new(a.resolve())),
         Sub::Logits(a) => Command::Logits(a.resolve()?),
         Sub::Tokenize(a) => Command::Tokenize(a.resolve()?),
         Sub::Template(a) => Command::Template(a.resolve()?),

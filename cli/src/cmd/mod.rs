@@ -9,6 +9,7 @@ pub mod perplexity;
 pub mod plan;
 pub mod quantize;
 pub mod run;
+pub mod serve;
 pub mod template;
 pub mod tokenize;
 
@@ -24,6 +25,7 @@ pub enum Command {
     Bench(bench::Config),
     KvEval(kv_eval::Config),
     Quantize(quantize::Config),
+    Serve(Box<crate::serve::config::Config>),
 }
 
 /// Does it.
@@ -39,5 +41,6 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Bench(c) => bench::run(&c),
         Command::KvEval(c) => kv_eval::run(&c),
         Command::Quantize(c) => quantize::run(&c),
+        Command::Serve(c) => serve::run(*c),
     }
 }

@@ -1,3 +1,17 @@
-//! What `rsinfer serve` does between HTTP and the engine.
+//! What `rsinfer serve` does apart from HTTP: requests and answers that know no dialect, the engine thread of each loaded
+//! model, the models that are loaded.
 
+pub mod answer;
+pub mod config;
 pub mod constrain;
+pub mod duration;
+pub mod failure;
+pub mod metrics;
+pub mod models;
+pub mod options;
+pub mod prompt;
+pub mod request;
+mod running;
+pub mod status;
+pub mod tools;
+pub mod worker;

@@ -484,6 +484,15 @@ impl Vocab {
         }
     }
 
+    /// Where the text has names of control tokens, which [`EncodeOptions::parse_special`] would read as these tokens.
+    pub fn control_spans<'t>(&'t self, text: &'t str) -> impl Iterator<Item = std::ops::Range<usize>> + 't {
+        let found =
+            self.all_special.iter().flat_map(move |f| f.automaton.find_iter(text).map(move |m| (f, m)));
+        found
+            .filter(move |(f, m)| self.is_control(f.ids[m.pattern().as_usize()]))
+            .map(|(_, m)| m.start()..m.end())
+    }
+
     /// Ids to bytes; `special`: with the text of control tokens. The space that [`Self::encode`] puts before a text
     /// (SentencePiece) is taken off again. Ids that are no tokens stand for nothing.
     pub fn decode_bytes(&self, ids: &[u32], special: bool) -> Vec<u8> {

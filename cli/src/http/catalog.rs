@@ -1,0 +1,204 @@
+//! What there is: models in the store and in memory, versions, health. Ollama's and OpenAI's forms.
+
+use super::fields::Fields;
+use crate::serve::failure::Failure;
+use crate::serve::prompt::{App, fill_marks};
+use crate::store::Resolved;
+use axum::Json;
+use axum::extract::{Path, State};
+use engine::gguf::{Metadata, Summary, Value as Meta};
+use engine::text::{ChatTemplate, Vocab};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// Ollama's version whose interface this is: clients refuse what is older.
+const OLLAMA: &str = "0.12.6";
+
+fn time(t: SystemTime) -> String {
+    jiff::Timestamp::try_from(t).unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_string()
+}
+
+/// `8.0B`, as Ollama counts parameters.
+fn count(n: u64) -> String {
+    let n = n as f64;
+    match n {
+        _ if n >= 1e12 => format!("{:.1}T", n / 1e12),
+        _ if n >= 1e9 => format!("{:.1}B", n / 1e9),
+        _ if n >= 1e6 => format!("{:.2}M", n / 1e6),
+        _ => format!("{:.2}K", n / 1e3),
+    }
+}
+
+/// What a file says of itself; a file that cannot be read says nothing.
+struct Facts {
+    details: Value,
+    capabilities: Vec<&'static str>,
+    template: String,
+}
+
+fn facts(m: &Resolved) -> Result<(Facts, engine::gguf::File), Failure> {
+    let file = m.source.open().map_err(|e| Failure::Internal(format!("{e:#}")))?;
+    let meta = file.metadata();
+    let text = |k: &str| meta.str(k).ok().flatten().unwrap_or_default().to_owned();
+    let family = text("general.architecture");
+    let number = |k: &str| meta.u32(&format!("{family}.{k}")).ok().flatten();
+    let summary = Summary::of(&file).map_err(Failure::internal)?;
+    let params = summary.parameters;
+    let by_type = summary.by_type.iter().max_by_key(|t| t.bytes);
+    let level = summary.file_type.and_then(|t| t.1).map(Into::into);
+    let level: String =
+        level.or(by_type.map(|t| t.dtype.name().to_uppercase())).unwrap_or_else(|| "unknown".into());
+    let mut capabilities = vec!["completion"];
+    let mut template = String::new();
+    if let Ok(vocab) = Vocab::from_metadata(meta) {
+        if let Ok(t) = crate::chat::template(meta, &vocab, m.template.as_deref()) {
+            capabilities.extend(capable(&t));
+            template = t.source().to_owned();
+        }
+        capabilities.extend(fill_marks(&vocab).map(|_| "insert"));
+    }
+    let details = json!({"parent_model": "", "format": "gguf", "family": family, "families": [family],
+        "parameter_size": count(params), "quantization_level": level,
+        "context_length": number("context_length"), "embedding_length": number("embedding_length")});
+    Ok((Facts { details, capabilities, template }, file))
+}
+
+fn capable(t: &ChatTemplate) -> Vec<&'static str> {
+    let tools = t.source().contains("tools").then_some("tools");
+    let thinking = t.think_tags().map(|_| "thinking");
+    tools.into_iter().chain(thinking).collect()
+}
+
+/// `GET /`.
+pub async fn root() -> &'static str {
+    "Ollama is running"
+}
+
+/// `GET /api/version`.
+pub async fn version() -> Json<Value> {
+    Json(json!({"version": OLLAMA, "rsinfer": env!("CARGO_PKG_VERSION")}))
+}
+
+/// `GET /health`.
+pub async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// `GET /metrics`.
+pub async fn metrics(State(app): State<Arc<App>>) -> String {
+    app.metrics.render()
+}
+
+/// `GET /api/tags`.
+pub async fn tags(State(app): State<Arc<App>>) -> Result<Json<Value>, Failure> {
+    let all = blocking(app, |app| {
+        let list = app.store.list().map_err(Failure::internal)?;
+        let entry = |m: &Resolved| {
+            let facts = facts(m).map(|f| f.0).ok();
+            json!({"name": m.name, "model": m.name, "modified_at": time(m.modified), "size": m.size,
+                "digest": m.digest, "details": facts.as_ref().map(|f| &f.details),
+                "capabilities": facts.as_ref().map(|f| &f.capabilities)})
+        };
+        Ok(list.iter().map(entry).collect::<Vec<_>>())
+    });
+    Ok(Json(json!({"models": all.await?})))
+}
+
+/// Runs what reads files on a thread that may wait.
+async fn blocking<T: Send + 'static>(
+    app: Arc<App>,
+    f: impl FnOnce(&App) -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(move || f(&app)).await.map_err(Failure::internal)?
+}
+
+/// `GET /api/ps`.
+pub async fn ps(State(app): State<Arc<App>>) -> Json<Value> {
+    let mut all: Vec<_> = app.models.list().into_iter().map(|l| (l.expires(), l)).collect();
+    // Longest remaining first; for ever is longest.
+    all.sort_by_key(|(e, _)| std::cmp::Reverse(e.map_or((1, SystemTime::UNIX_EPOCH), |t| (0, t))));
+    let ever = "2318-01-01T00:00:00Z";
+    let entry = |(expires, l): &(Option<SystemTime>, Arc<crate::serve::models::Loaded>)| {
+        let details = facts(&l.resolved).map(|f| f.0.details).unwrap_or_default();
+        json!({"name": l.resolved.name, "model": l.resolved.name, "size": l.resident + l.mapped,
+            "digest": l.resolved.digest, "details": details, "size_vram": 0, "context_length": l.ctx,
+            "expires_at": expires.map_or(ever.into(), time), "parallel": l.parallel, "kv": l.kv.to_string(),
+            "resident": l.resident, "mapped": l.mapped})
+    };
+    Json(json!({"models": all.iter().map(entry).collect::<Vec<_>>()}))
+}
+
+fn value(v: &Meta, verbose: bool) -> Value {
+    match v {
+        Meta::Array(a) if a.len() > 5 && !verbose => json!([]),
+        v => v.to_json(),
+    }
+}
+
+/// `POST /api/show`.
+pub async fn show(State(app): State<Arc<App>>, mut f: Fields) -> Result<Json<Value>, Failure> {
+    let name = f.string("model")?.or(f.string("name")?).unwrap_or_default();
+    let verbose = f.boolean("verbose")?.unwrap_or(false);
+    let system = f.string("system")?;
+    let v = blocking(app, move |app| {
+        let m = app.resolve(&name)?;
+        let (facts, file) = facts(&m)?;
+        let meta: &Metadata = file.metadata();
+        let mut info: Map<String, Value> =
+            meta.iter().map(|(k, v)| (k.to_owned(), value(v, verbose))).collect();
+        let params: u64 = file.tensors().iter().map(|t| t.dims.iter().product::<u64>()).sum();
+        info.insert("general.parameter_count".into(), params.into());
+        let tensor =
+            |t: &engine::gguf::TensorInfo| json!({"name": t.name, "type": t.dtype.name(), "shape": t.dims});
+        let parameters: Vec<String> = m
+            .params
+            .iter()
+            .flat_map(|(k, v)| match v {
+                Value::Array(a) => a.iter().map(|v| format!("{k:<30} {v}")).collect(),
+                v => vec![format!("{k:<30} {v}")],
+            })
+            .collect();
+        Ok(json!({"license": m.licenses.join("\n"), "modelfile": modelfile(&m, &facts.template),
+            "parameters": parameters.join("\n"), "template": facts.template,
+            "system": system.or(m.system.clone()).unwrap_or_default(), "details": facts.details,
+            "messages": m.messages, "model_info": info, "capabilities": facts.capabilities,
+            "tensors": if verbose { file.tensors().iter().map(tensor).collect() } else { Value::Array(vec![]) },
+            "modified_at": time(m.modified)}))
+    });
+    Ok(Json(v.await?))
+}
+
+/// A Modelfile that makes the same model.
+fn modelfile(m: &Resolved, template: &str) -> String {
+    let mut t = format!("# Modelfile of {}\nFROM {}\n", m.name, m.source.name());
+    if m.template.is_some() {
+        t += &format!("TEMPLATE \"\"\"{template}\"\"\"\n");
+    }
+    if let Some(s) = &m.system {
+        t += &format!("SYSTEM \"\"\"{s}\"\"\"\n");
+    }
+    for (k, v) in &m.params {
+        match v {
+            Value::Array(a) => a.iter().for_each(|v| t += &format!("PARAMETER {k} {v}\n")),
+            v => t += &format!("PARAMETER {k} {v}\n"),
+        }
+    }
+    t
+}
+
+/// `GET /v1/models`.
+pub async fn models(State(app): State<Arc<App>>) -> Result<Json<Value>, Failure> {
+    let all = blocking(app, |app| app.store.list().map_err(Failure::internal)).await?;
+    Ok(Json(json!({"object": "list", "data": all.iter().map(openai).collect::<Vec<_>>()})))
+}
+
+/// `GET /v1/models/{id}`.
+pub async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
+    Ok(Json(openai(&app.resolve(&id)?)))
+}
+
+fn openai(m: &Resolved) -> Value {
+    let created = m.modified.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    json!({"id": m.name, "object": "model", "created": created, "owned_by": "library"})
+}

@@ -1,0 +1,397 @@
+//! The models that are loaded: by plan, as many as fit; the least recently used idle one goes, one in use never. Knows nothing
+//! of requests but what they ask of loading.
+
+use super::config::Config;
+use super::constrain::{FormatError, Grammars};
+use super::duration::KeepAlive;
+use super::failure::Failure;
+use super::options::LoadWish;
+use super::worker::{Open, Opened, Sizes, Worker};
+use crate::cmd::plan::refusal;
+use crate::memory::Resident;
+use crate::model::{LoadConfig, Source};
+use crate::store::Resolved;
+use engine::plan::{Access, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
+use engine::text::ChatTemplate;
+use engine::{Context, KvSpec, SessionOptions};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::Notify;
+
+/// The least recently used idle one goes when there is no room.
+pub struct Models {
+    config: Arc<Config>,
+    loaded: Mutex<Vec<Arc<Loaded>>>,
+    /// One model is loaded at a time.
+    loading: tokio::sync::Mutex<()>,
+    /// A model has become idle, or is gone.
+    changed: Notify,
+    waiting: AtomicUsize,
+}
+
+/// A model that is loaded.
+pub struct Loaded {
+    /// By which it was asked for first.
+    pub resolved: Resolved,
+    pub worker: Worker,
+    /// Of the store's, or of the file.
+    pub template: ChatTemplate,
+    /// Tokens of a sequence.
+    pub ctx: usize,
+    pub parallel: usize,
+    /// What the cache keeps.
+    pub kv: KvSpec,
+    /// Its plan, in bytes: not mapped, and mapped.
+    pub resident: u64,
+    pub mapped: u64,
+    grammars: OnceLock<Result<Grammars, FormatError>>,
+    usage: Mutex<Usage>,
+}
+
+struct Usage {
+    leases: usize,
+    keep: KeepAlive,
+    /// Since when nobody uses it.
+    idle: Instant,
+}
+
+/// Use of a loaded model: while there is one, the model stays.
+pub struct Lease {
+    pub loaded: Arc<Loaded>,
+    /// How long loading took, if this request caused it.
+    pub load_time: Duration,
+    /// A model with a smaller context, or another policy, had to go for this request.
+    pub reloaded: bool,
+    models: Arc<Models>,
+}
+
+/// Takes a number back.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Loaded {
+    fn usage(&self) -> std::sync::MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What constraints of its vocabulary share.
+    ///
+    /// # Errors
+    /// A vocabulary that constraints cannot be made for.
+    pub fn grammars(&self) -> Result<&Grammars, Failure> {
+        let made = self.grammars.get_or_init(|| Grammars::new(self.worker.model().vocab()));
+        made.as_ref().map_err(|e| Failure::Internal(e.to_string()))
+    }
+
+    /// When it goes if nobody asks for it; `None`: never.
+    pub fn expires(&self) -> Option<SystemTime> {
+        let u = self.usage();
+        let left = u.keep.0?;
+        let idle = if u.leases > 0 { Duration::ZERO } else { u.idle.elapsed() };
+        SystemTime::now().checked_add(left.saturating_sub(idle))
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let u = self.usage();
+        if u.leases > 0 { None } else { u.idle.checked_add(u.keep.0?) }
+    }
+
+    fn serves(&self, source: &Source, wish: &LoadWish) -> bool {
+        let fits = wish.ctx.is_none_or(|n| n <= self.ctx) && wish.kv.as_ref().is_none_or(|k| *k == self.kv);
+        self.resolved.source == *source && fits && !self.worker.is_dead()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut u = self.loaded.usage();
+        u.leases -= 1;
+        u.idle = Instant::now();
+        drop(u);
+        self.models.changed.notify_waiters();
+    }
+}
+
+impl Models {
+    /// None loaded yet. Models that are idle for too long go by themselves, as long as a runtime is there.
+    pub fn new(config: Arc<Config>) -> Arc<Self> {
+        let models = Arc::new(Self {
+            config,
+            loaded: Mutex::default(),
+            loading: tokio::sync::Mutex::default(),
+            changed: Notify::new(),
+            waiting: AtomicUsize::new(0),
+        });
+        let weak = Arc::downgrade(&models);
+        tokio::spawn(async move {
+            while let Some(models) = weak.upgrade() {
+                let changed = models.changed.notified();
+                models.unload_if(|l| l.due().is_some_and(|d| d <= Instant::now())).await;
+                let next = models.list().iter().filter_map(|l| l.due()).min();
+                let most = Instant::now() + Duration::from_secs(60);
+                let next = next.map_or(most, |n| n.min(most));
+                tokio::select! {
+                    () = changed => {}
+                    () = tokio::time::sleep_until(next.into()) => {}
+                }
+            }
+        });
+        models
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Loaded>>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is loaded.
+    pub fn list(&self) -> Vec<Arc<Loaded>> {
+        self.lock().clone()
+    }
+
+    /// Lets all idle models go for which `which` holds, and waits until their memory is free.
+    async fn unload_if(&self, which: impl Fn(&Loaded) -> bool) {
+        let gone: Vec<Arc<Loaded>> = {
+            let mut all = self.lock();
+            let idle = |l: &mut Arc<Loaded>| l.usage().leases == 0 && which(l);
+            all.extract_if(.., idle).collect()
+        };
+        for l in gone {
+            tracing::info!(model = l.resolved.name, "unloaded");
+            release(l).await;
+        }
+        metrics::gauge!("rsinfer_models_loaded").set(self.lock().len() as f64);
+    }
+
+    fn lease(self: &Arc<Self>, source: &Source, wish: &LoadWish, keep: Option<KeepAlive>) -> Option<Lease> {
+        let all = self.lock();
+        let loaded = all.iter().find(|l| l.serves(source, wish))?.clone();
+        let mut u = loaded.usage();
+        u.leases += 1;
+        u.keep = keep.unwrap_or(self.config.keep_alive);
+        drop(u);
+        Some(Lease { loaded, load_time: Duration::ZERO, reloaded: false, models: self.clone() })
+    }
+
+    /// A model to use, loaded if it is not. It stays for `keep` after its last use.
+    ///
+    /// # Errors
+    /// What cannot be loaded, or [`Failure::Busy`].
+    pub async fn acquire(
+        self: &Arc<Self>,
+        model: &Resolved,
+        wish: &LoadWish,
+        keep: Option<KeepAlive>,
+    ) -> Result<Lease, Failure> {
+        if let Some(l) = self.lease(&model.source, wish, keep) {
+            return Ok(l);
+        }
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.config.max_queue {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            return Err(Failure::Busy);
+        }
+        let _waiting = Counted(&self.waiting);
+        let _one = self.loading.lock().await;
+        // Another request may have loaded it meanwhile.
+        if let Some(l) = self.lease(&model.source, wish, keep) {
+            return Ok(l);
+        }
+        let start = Instant::now();
+        // One that does not serve goes when the requests it works on are done; new ones wait for the next.
+        let old = {
+            let mut all = self.lock();
+            let at = all.iter().position(|l| l.resolved.source == model.source);
+            at.map(|i| all.remove(i))
+        };
+        let reloaded = old.is_some();
+        let mut wish = wish.clone();
+        if let Some(old) = old {
+            // Who asked for more before may ask again: the context never shrinks.
+            wish.ctx = Some(wish.ctx.map_or(old.ctx, |n| n.max(old.ctx)));
+            loop {
+                let changed = self.changed.notified();
+                if old.usage().leases == 0 {
+                    break;
+                }
+                changed.await;
+            }
+            release(old).await;
+        }
+        let loaded = Arc::new(self.load(model, &wish).await?);
+        let load_time = start.elapsed();
+        loaded.usage().keep = keep.unwrap_or(self.config.keep_alive);
+        loaded.usage().leases = 1;
+        metrics::counter!("rsinfer_model_loads_total").increment(1);
+        tracing::info!(model = model.name, ctx = loaded.ctx, parallel = loaded.parallel,
+            kv = %loaded.kv, resident = loaded.resident, mapped = loaded.mapped, ?load_time, "loaded");
+        self.lock().push(loaded.clone());
+        metrics::gauge!("rsinfer_models_loaded").set(self.lock().len() as f64);
+        Ok(Lease { loaded, load_time, reloaded, models: self.clone() })
+    }
+
+    /// Plans, makes room, loads.
+    async fn load(&self, model: &Resolved, wish: &LoadWish) -> Result<Loaded, Failure> {
+        let c = &self.config;
+        let load = LoadConfig {
+            source: model.source.clone(),
+            mmap: wish.mmap.unwrap_or(c.mmap),
+            threads: wish.threads.unwrap_or(c.threads).min(1024),
+        };
+        let headers = {
+            let load = load.clone();
+            tokio::task::spawn_blocking(move || load.headers()).await
+        };
+        let headers = headers.map_err(Failure::internal)?.map_err(|e| Failure::Internal(format!("{e:#}")))?;
+        let (options, resident, mapped) = loop {
+            let changed = self.changed.notified();
+            let others = self.list();
+            let full = others.len() >= c.max_loaded;
+            let why = match self.plan(&headers, &load, wish, &others) {
+                Ok(planned) if !full => break planned,
+                Ok(_) => None,
+                Err(e) => Some(e),
+            };
+            let idle = others.iter().filter(|l| l.usage().leases == 0);
+            let victim = idle.min_by_key(|l| l.usage().idle).map(|l| l.resolved.source.clone());
+            let none = others.is_empty();
+            // What is held is not freed.
+            drop(others);
+            match victim {
+                Some(source) => self.unload_if(move |l| l.resolved.source == source).await,
+                None if none => {
+                    return Err(why.unwrap_or_else(|| Failure::internal("no model may be loaded")));
+                }
+                None => changed.await,
+            }
+        };
+        self.start(model, load, options, resident, mapped).await
+    }
+
+    /// Sizes that fit what memory is left, and the bytes they take. Memory that others were promised counts as taken.
+    fn plan(
+        &self,
+        headers: &PlanModel,
+        load: &LoadConfig,
+        wish: &LoadWish,
+        others: &[Arc<Loaded>],
+    ) -> Result<(SessionOptions, u64, u64), Failure> {
+        let c = &self.config;
+        let trained = headers.ctx_train();
+        let ctx = match wish.ctx.or(c.ctx) {
+            None | Some(0) if trained == 0 => 4096,
+            None => trained.min(4096),
+            Some(0) => trained,
+            Some(n) => n,
+        };
+        let session = SessionOptions {
+            ctx,
+            batch: wish.batch.unwrap_or(c.batch).clamp(1, 4096),
+            cache_k: c.cache_k,
+            cache_v: c.cache_v,
+            cache_k_pe: c.cache_k_pe,
+            kv: KvSpec::default(),
+        };
+        let mut options = PlanOptions {
+            session,
+            parallel: c.parallel,
+            access: if load.mmap { Access::Mapped } else { Access::Read },
+            threads: load.threads,
+        };
+        options.session.kv = self.keep(wish, ctx);
+        let own = Resident::now().map_or(0, |r| r.anon);
+        let promised: u64 = others.iter().map(|l| l.resident).sum();
+        let memory =
+            available_memory().map_or(u64::MAX, |m| m.saturating_add(own).saturating_sub(promised.max(own)));
+        let machine = Machine { memory, gpus: Vec::new() };
+        let invalid = |e: engine::EngineError| Failure::invalid(e.to_string());
+        let found = fit(headers, &options, &machine, &Rules::default()).map_err(invalid)?;
+        let way = found.ways.first().filter(|_| wish.ctx.is_none() && others.is_empty());
+        let plan = match way {
+            _ if found.plan.fits() => &found.plan,
+            None => return Err(Failure::Internal(format!("{}: {}", headers.name(), refusal(&found)))),
+            Some(w) => {
+                tracing::warn!("to fit the memory: {}", w.flags());
+                options = w.options.clone();
+                options.session.kv = self.keep(wish, options.session.ctx);
+                options.parallel = c.parallel;
+                &w.plan
+            }
+        };
+        Ok((options.session, plan.resident_bytes(), plan.mapped_bytes()))
+    }
+
+    /// What the cache keeps. The beginning, where system prompts are, stays; of the rest the latest.
+    fn keep(&self, wish: &LoadWish, ctx: usize) -> KvSpec {
+        let own = wish.kv.as_ref().or(self.config.kv.as_ref());
+        own.cloned().unwrap_or_else(|| {
+            let sinks = ctx / 4;
+            format!("sinks:{sinks}+window:{}", (ctx - sinks).max(1)).parse().unwrap_or_default()
+        })
+    }
+
+    async fn start(
+        &self,
+        model: &Resolved,
+        load: LoadConfig,
+        session: SessionOptions,
+        resident: u64,
+        mapped: u64,
+    ) -> Result<Loaded, Failure> {
+        let c = &self.config;
+        let sizes = Sizes { parallel: c.parallel, chunk: c.chunk, queue: c.max_queue };
+        let (ctx, kv) = (session.ctx, session.kv.clone());
+        let open: Open = Box::new(move || {
+            let (model, _) = load.load()?;
+            let context = Context::new(&model, &session, sizes.parallel)?;
+            Ok(Opened { model, passes: Box::new(context) })
+        });
+        let starting = Worker::start(&model.name, open, sizes);
+        let worker = match c.load_timeout {
+            None => starting.await,
+            Some(t) => tokio::time::timeout(t, starting).await.map_err(|_| {
+                Failure::Unavailable(format!(
+                    "loading {} took longer than {t:?} (OLLAMA_LOAD_TIMEOUT)",
+                    model.name
+                ))
+            })?,
+        };
+        let worker = worker.map_err(|e| Failure::Internal(format!("{e:#}")))?;
+        let loaded = worker.model();
+        let template =
+            crate::chat::template(loaded.file().metadata(), loaded.vocab(), model.template.as_deref());
+        Ok(Loaded {
+            resolved: model.clone(),
+            worker,
+            template: template.map_err(|e| Failure::Internal(format!("{e:#}")))?,
+            ctx,
+            parallel: c.parallel,
+            kv,
+            resident,
+            mapped,
+            grammars: OnceLock::new(),
+            usage: Mutex::new(Usage { leases: 0, keep: c.keep_alive, idle: Instant::now() }),
+        })
+    }
+
+    /// Lets a model go as soon as it is idle. False: it is not loaded.
+    pub fn stop(&self, source: &Source) -> bool {
+        let all = self.lock();
+        let Some(l) = all.iter().find(|l| l.resolved.source == *source) else { return false };
+        l.usage().keep = KeepAlive(Some(Duration::ZERO));
+        drop(all);
+        self.changed.notify_waiters();
+        true
+    }
+}
+
+/// Waits until an unused model's memory is free.
+async fn release(l: Arc<Loaded>) {
+    let exited = l.worker.exited();
+    drop(l);
+    let _ = tokio::time::timeout(Duration::from_secs(10), exited).await;
+}

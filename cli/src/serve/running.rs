@@ -1,0 +1,195 @@
+//! One request at work: from a row of logits to the next token and the text it makes certain. Knows nothing of other requests.
+
+use super::failure::Failure;
+use super::request::{Chunk, Event, Finish, Generate, Reason, TokenLogprob};
+use engine::Constraint;
+use engine::sample::logprobs;
+use engine::text::thinking::{Part, Splitter};
+use engine::text::{StopScanner, StreamDecoder, Vocab};
+use engine::{Sampler, SamplerOptions};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// A request on its way to the engine.
+pub struct Ticket {
+    pub id: u64,
+    pub request: Generate,
+    pub out: mpsc::Sender<Event>,
+    pub since: Instant,
+}
+
+/// See the module.
+pub struct Running<'m> {
+    pub out: mpsc::Sender<Event>,
+    pub prompt_tokens: usize,
+    vocab: &'m Vocab,
+    sampler: Sampler,
+    decoder: StreamDecoder<'m>,
+    scanner: StopScanner,
+    splitter: Option<Splitter>,
+    stop: Vec<String>,
+    constraint: Option<Box<dyn Constraint>>,
+    max_tokens: usize,
+    ignore_eos: bool,
+    logprobs: Option<usize>,
+    pub made: usize,
+    cached: usize,
+    queued: Duration,
+    admitted: Instant,
+    /// When the first logits and the latest token came.
+    first: Option<Instant>,
+    latest: Instant,
+    /// Since when its reader has had no room.
+    pub stalled: Option<Instant>,
+}
+
+/// What a row of logits led to.
+pub enum Taken {
+    /// This token is to be computed next.
+    Next(u32),
+    Ended(Reason),
+}
+
+/// Whether an answer must be the same whatever was computed before it.
+pub fn is_exact(o: &SamplerOptions) -> bool {
+    o.seed.is_some() || o.temperature == 0.0
+}
+
+impl<'m> Running<'m> {
+    /// Begins a request whose prompt is cached as far as `cached`.
+    pub fn new(vocab: &'m Vocab, t: Ticket, cached: usize) -> Result<Self, Failure> {
+        let Ticket { request: r, out, since, .. } = t;
+        let mut sampler = Sampler::new(r.sampler).map_err(|e| Failure::invalid(e.to_string()))?;
+        sampler.prime(&r.prompt);
+        let tags = r.think.map(|t| t.tags.tokens(vocab)).unwrap_or_default();
+        let now = Instant::now();
+        Ok(Self {
+            out,
+            prompt_tokens: r.prompt.len(),
+            vocab,
+            sampler,
+            decoder: StreamDecoder::new(vocab, r.special).showing(tags.into_iter().chain(r.show)),
+            scanner: StopScanner::new(&r.stop),
+            splitter: r.think.map(|t| Splitter::new(t.tags, t.opened)),
+            stop: r.stop,
+            constraint: r.constraint,
+            max_tokens: r.max_tokens,
+            ignore_eos: r.ignore_eos,
+            logprobs: r.logprobs,
+            made: 0,
+            cached,
+            queued: now - since,
+            admitted: now,
+            first: None,
+            latest: now,
+            stalled: None,
+        })
+    }
+
+    /// Chooses the next token from a row of logits, which it may change, and sends what it makes certain.
+    pub fn take(&mut self, logits: &mut [f32]) -> Result<Taken, Failure> {
+        let now = Instant::now();
+        if self.first.is_none() {
+            self.first = Some(now);
+            metrics::histogram!("rsinfer_time_to_first_token_seconds")
+                .record(now - self.admitted + self.queued);
+        } else {
+            metrics::histogram!("rsinfer_inter_token_seconds").record(now - self.latest);
+        }
+        self.latest = now;
+        if self.max_tokens == 0 {
+            return Ok(Taken::Ended(Reason::Length));
+        }
+        let raw = self.logprobs.map(|_| logits.to_vec());
+        let fail = |e: engine::SampleError| Failure::Internal(e.to_string());
+        if let Some(c) = &mut self.constraint {
+            c.mask(logits).map_err(fail)?;
+        }
+        let token = self.sampler.sample(logits).map_err(fail)?;
+        if self.vocab.is_eog(token) && !self.ignore_eos {
+            return Ok(Taken::Ended(Reason::Stop));
+        }
+        self.sampler.accept(token);
+        if let Some(c) = &mut self.constraint {
+            c.accept(token).map_err(fail)?;
+        }
+        self.made += 1;
+        let logprob = raw.zip(self.logprobs).map(|(raw, n)| {
+            let p = logprobs(&raw, token, n);
+            let bytes = |id: u32| self.vocab.bytes(id).unwrap_or_default().into_owned();
+            let top = p.top.into_iter().map(|(id, p)| (id, bytes(id), p)).collect();
+            TokenLogprob { id: token, bytes: bytes(token), logprob: p.logprob, top }
+        });
+        let text = self.decoder.push(token);
+        let scanned = self.scanner.push(&text);
+        let parts = self.split(&scanned.text);
+        self.send(Event::Chunk(Chunk { parts, token: Some(token), logprob }));
+        if let Some(i) = scanned.stopped {
+            return Ok(Taken::Ended(Reason::StopString(self.stop[i].clone())));
+        }
+        if self.constraint.as_ref().is_some_and(|c| c.is_done()) {
+            return Ok(Taken::Ended(Reason::Stop));
+        }
+        if self.made >= self.max_tokens {
+            return Ok(Taken::Ended(Reason::Length));
+        }
+        Ok(Taken::Next(token))
+    }
+
+    fn split(&mut self, text: &str) -> Vec<Part> {
+        match &mut self.splitter {
+            Some(s) => s.push(text),
+            None if text.is_empty() => Vec::new(),
+            None => vec![Part::Answer(text.to_owned())],
+        }
+    }
+
+    /// Sends; a reader that went away is noticed elsewhere, and one without room was given none to compute.
+    fn send(&self, e: Event) {
+        let _ = self.out.try_send(e);
+    }
+
+    /// Tokens of the prompt that were cached before.
+    pub fn cached(&self) -> usize {
+        self.cached
+    }
+
+    /// Ends the request: what was held back, then why it ended.
+    pub fn finish(mut self, reason: Reason, evicted: usize) {
+        let mut parts = Vec::new();
+        let mut reason = reason;
+        if !matches!(reason, Reason::StopString(_)) {
+            let text = self.decoder.finish();
+            for scanned in [self.scanner.push(&text), self.scanner.finish()] {
+                parts.extend(self.split(&scanned.text));
+                if let Some(i) = scanned.stopped {
+                    reason = Reason::StopString(self.stop[i].clone());
+                    break;
+                }
+            }
+        }
+        parts.extend(self.splitter.as_mut().map(Splitter::finish).unwrap_or_default());
+        if !parts.is_empty() {
+            self.send(Event::Chunk(Chunk { parts, ..Chunk::default() }));
+        }
+        let first = self.first.unwrap_or(self.latest);
+        metrics::counter!("rsinfer_requests_total", "outcome" => "done").increment(1);
+        metrics::counter!("rsinfer_tokens_evicted_total").increment(evicted as u64);
+        self.send(Event::Done(Finish {
+            reason,
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached,
+            new_tokens: self.made,
+            evicted,
+            queued: self.queued,
+            prompt_time: first - self.admitted,
+            decode_time: self.latest - first,
+        }));
+    }
+
+    /// Ends the request with an error.
+    pub fn fail(self, f: Failure) {
+        metrics::counter!("rsinfer_requests_total", "outcome" => "failed").increment(1);
+        self.send(Event::Failed(f));
+    }
+}
