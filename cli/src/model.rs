@@ -1,6 +1,7 @@
-//! Opening what MODEL names: a GGUF file or the embedded demo model; sessions on it. Knows nothing of flags.
+//! Opening what MODEL names (`store` finds it): a GGUF file or the embedded demo model; sessions on it. Knows nothing of flags.
 
 use crate::cmd::plan::refusal;
+use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use engine::gguf::{File, OpenMode};
 use engine::plan::{Access, Device, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
@@ -89,8 +90,12 @@ impl Placement {
 }
 
 impl Source {
-    pub fn parse(s: &str) -> Self {
-        if s == crate::demo::NAME { Self::Demo } else { Self::File(s.into()) }
+    /// What MODEL names: `demo`, a file, or a model of a store.
+    ///
+    /// # Errors
+    /// No such model.
+    pub fn named(s: &str) -> Result<Self> {
+        Ok(Store::from_env().named(s)?.source)
     }
 
     /// For messages and reports.

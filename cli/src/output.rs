@@ -54,6 +54,55 @@ pub fn bytes(n: u64) -> String {
     format!("{n} B")
 }
 
+/// Bytes in decimal units, as Ollama prints sizes: `4.7 GB`, `274 MB`.
+pub fn decimal_bytes(n: u64) -> String {
+    for (unit, name) in [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")] {
+        let n = n as f64 / unit;
+        if n >= 1.0 {
+            let digits = usize::from(n < 10.0 && n.fract() >= 0.05);
+            return format!("{n:.digits$} {name}");
+        }
+    }
+    format!("{n} B")
+}
+
+/// A duration in words, as Ollama's: `2 weeks`, `About an hour`.
+pub fn rough(d: Duration) -> String {
+    let (seconds, minutes, hours) = (d.as_secs(), d.as_secs() / 60, d.as_secs() / 3600);
+    match seconds {
+        0 => "Less than a second".into(),
+        1 => "1 second".into(),
+        2..60 => format!("{seconds} seconds"),
+        _ if minutes == 1 => "About a minute".into(),
+        _ if minutes < 60 => format!("{minutes} minutes"),
+        _ if hours == 1 => "About an hour".into(),
+        _ if hours < 48 => format!("{hours} hours"),
+        _ if hours < 24 * 14 => format!("{} days", hours / 24),
+        _ if hours < 24 * 60 => format!("{} weeks", hours / 24 / 7),
+        _ if hours < 24 * 365 * 2 => format!("{} months", hours / 24 / 30),
+        _ => format!("{} years", hours / 24 / 365),
+    }
+}
+
+/// The same, in the past.
+pub fn ago(d: Duration) -> String {
+    format!("{} ago", rough(d))
+}
+
+/// A table as Ollama prints one: columns as wide as they must be, four spaces between them.
+pub fn columns(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = vec![header.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>()];
+    table.extend(rows);
+    let width =
+        |i: usize| table.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}    "));
+        format!("{}\n", cells.collect::<String>().trim_end())
+    };
+    table.iter().map(line).collect()
+}
+
 /// A file that gets its name only when [`OutFile::finish`] is called; before that it lies beside it under a temporary
 /// name, and a drop removes it. What exists and is no regular file (a device, a pipe) is written directly.
 pub struct OutFile {
@@ -121,6 +170,20 @@ mod tests {
         }
         assert_eq!(bytes(4_917_830_000), "4.58 GiB");
         assert_eq!(bytes(12), "12 B");
+        for (n, s) in
+            [(4_661_000_000, "4.7 GB"), (274_302_450, "274 MB"), (2_000_000, "2 MB"), (999, "999 B")]
+        {
+            assert_eq!(decimal_bytes(n), s);
+        }
+        for (s, words) in
+            [(0, "Less than a second"), (90, "About a minute"), (7200, "2 hours"), (15 * 86400, "2 weeks")]
+        {
+            assert_eq!(rough(Duration::from_secs(s)), words);
+        }
+        assert_eq!(
+            columns(&["A", "BB"], [vec!["xyz".into(), "1".into()]].into_iter()),
+            "A      BB\nxyz    1\n"
+        );
         assert_eq!(one_line("a\nb\u{1b}[2Jc\r\n"), "a b [2Jc");
     }
 

@@ -85,12 +85,13 @@ impl BenchArgs {
         }
         let mut setups = Vec::new();
         for model in self.models.iter().chain(&self.more) {
+            let source = Source::named(model)?;
             for &threads in &threads {
                 for &batch in &self.batch_size.0 {
                     for (&cache_k, &cache_v) in
                         self.ctk.iter().flat_map(|k| self.ctv.iter().map(move |v| (k, v)))
                     {
-                        let (source, kv) = (Source::parse(model), self.kv.kv.clone());
+                        let (source, kv) = (source.clone(), self.kv.get());
                         let mmap = !self.no_mmap;
                         setups.push(Setup { source, mmap, threads, batch, cache_k, cache_v, kv });
                     }

@@ -36,7 +36,7 @@ pub struct LogitsArgs {
 impl LogitsArgs {
     pub fn resolve(self) -> Result<logits::Config> {
         Ok(logits::Config {
-            load: self.load.resolve(self.model.source()),
+            load: self.load.resolve(self.model.source()?),
             session: self.cache.session(None, self.batch.get(), DType::F32),
             tokens_file: self.tokens_file,
             out: self.out,
@@ -92,7 +92,7 @@ impl TokenizeArgs {
             _ => text::read_stdin()?,
         };
         Ok(tokenize::Config {
-            source: self.model.source(),
+            source: self.model.source()?,
             text,
             ids: self.ids,
             add_special: !self.no_bos,
@@ -136,7 +136,7 @@ impl TemplateArgs {
             Some(_) => super::usage("template", "--kwargs is not a JSON object"),
         };
         Ok(template::Config {
-            source: self.model.source(),
+            source: self.model.source()?,
             messages: text::read_json(&self.messages)?,
             tools: self.tools.map(|p| text::read_json(&p)).transpose()?,
             template: self.chat_template_file.map(|p| text::read_file(&p)).transpose()?,
@@ -164,7 +164,7 @@ pub struct InspectArgs {
 
 impl InspectArgs {
     pub fn resolve(self) -> Result<inspect::Config> {
-        Ok(inspect::Config { source: self.model.source(), json: self.json, tensors: self.tensors })
+        Ok(inspect::Config { source: self.model.source()?, json: self.json, tensors: self.tensors })
     }
 }
 
@@ -222,7 +222,7 @@ impl PerplexityArgs {
             (None, Some(file)) => Mode::Perplexity { text: text::read_prompt_file(&file)? },
         };
         Ok(perplexity::Config {
-            load: self.load.resolve(self.model.source()),
+            load: self.load.resolve(self.model.source()?),
             session: self.cache.session(Some(n_ctx), self.batch.get(), DType::F16),
             n_ctx,
             chunks: self.chunks.try_into().ok(),
@@ -284,7 +284,7 @@ impl QuantizeArgs {
             ..q::Options::new(target)
         };
         Ok(quantize::Config {
-            source: crate::model::Source::parse(&self.input),
+            source: crate::model::Source::named(&self.input)?,
             output: self.output,
             options,
         })

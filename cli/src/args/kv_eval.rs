@@ -137,7 +137,7 @@ impl KvEvalArgs {
             return Ok(Config::List);
         }
         let name = self.model.or(self.model_flag).expect("clap asks for one of the two");
-        let source = Source::parse(&name);
+        let source = Source::named(&name)?;
         let mut tasks = Vec::new();
         for t in &self.tasks {
             let task = TaskSpec::parse(t.trim()).map_err(|e| anyhow!("--tasks: {e}"))?;

@@ -9,6 +9,7 @@ mod plan;
 mod run;
 mod serve;
 mod shared;
+mod store;
 
 use crate::cmd::Command;
 use anyhow::Result;
@@ -19,8 +20,9 @@ use clap::{CommandFactory, Parser, Subcommand};
     name = "rsinfer",
     version,
     about = "Runs language models from GGUF files",
-    long_about = "Runs language models from GGUF files, on the CPU.\n\nWherever a MODEL is asked for, `demo` is the small \
-                  model that comes with the program.",
+    long_about = "Runs language models from GGUF files, on the CPU.\n\nWherever a MODEL is asked for, \
+                  it is a file, the name of a stored model (rsinfer's or Ollama's, see `rsinfer list`), or `demo`, the \
+                  small model that comes with the program.",
     after_help = "Examples:\n  \
         rsinfer run demo -p \"Tell me a story.\"        an answer from the embedded model\n  \
         rsinfer run model.gguf                        chat on the terminal\n  \
@@ -50,6 +52,14 @@ enum Sub {
     Bench(bench::BenchArgs),
     KvEval(kv_eval::KvEvalArgs),
     Quantize(files::QuantizeArgs),
+    Create(store::CreateArgs),
+    #[command(alias = "ls")]
+    List(store::ListArgs),
+    Show(store::ShowArgs),
+    Rm(store::RmArgs),
+    Cp(store::CpArgs),
+    Ps(store::PsArgs),
+    Stop(store::StopArgs),
 }
 
 /// Reads the process's arguments. Help, version and usage errors end the process here, as clap does it.
@@ -61,12 +71,19 @@ pub fn parse() -> Result<Command> {
         Sub::Logits(a) => Command::Logits(a.resolve()?),
         Sub::Tokenize(a) => Command::Tokenize(a.resolve()?),
         Sub::Template(a) => Command::Template(a.resolve()?),
-        Sub::Plan(a) => Command::Plan(Box::new(a.resolve())),
+        Sub::Plan(a) => Command::Plan(Box::new(a.resolve()?)),
         Sub::Inspect(a) => Command::Inspect(a.resolve()?),
         Sub::Perplexity(a) => Command::Perplexity(a.resolve()?),
         Sub::Bench(a) => Command::Bench(a.resolve()?),
         Sub::KvEval(a) => Command::KvEval(a.resolve()?),
         Sub::Quantize(a) => Command::Quantize(a.resolve()?),
+        Sub::Create(a) => Command::Store(a.resolve()?),
+        Sub::List(a) => Command::Store(a.resolve()),
+        Sub::Show(a) => Command::Store(a.resolve()),
+        Sub::Rm(a) => Command::Store(a.resolve()),
+        Sub::Cp(a) => Command::Store(a.resolve()),
+        Sub::Ps(a) => Command::Remote(a.resolve()),
+        Sub::Stop(a) => Command::Remote(a.resolve()),
     })
 }
 

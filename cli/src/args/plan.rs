@@ -88,14 +88,14 @@ impl PlacementArgs {
 }
 
 impl PlanArgs {
-    pub fn resolve(self) -> Config {
-        let load = self.load.resolve(self.model.source());
+    pub fn resolve(self) -> anyhow::Result<Config> {
+        let load = self.load.resolve(self.model.source()?);
         let access = match (load.mmap, self.mlock) {
             (false, _) => Access::Read,
             (_, true) => Access::Locked,
             _ => Access::Mapped,
         };
-        Config {
+        Ok(Config {
             session: self.cache.session(self.ctx_size, self.batch.get(), DType::F16),
             load,
             parallel: self.parallel as usize,
@@ -105,7 +105,7 @@ impl PlanArgs {
             place: self.place.resolve(),
             fit: self.fit,
             json: self.json,
-        }
+        })
     }
 }
 

@@ -3,12 +3,12 @@
 use super::plan::PlacementArgs;
 use super::shared::{BatchArg, CacheArgs, LoadArgs, SamplingArgs};
 use crate::cmd::run::{ChatConfig, RunConfig};
-use crate::model::Source;
 use crate::serve::constrain::Format;
+use crate::store::Store;
 use crate::{text, trace};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use engine::{DType, GenerateOptions};
+use engine::GenerateOptions;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
@@ -24,7 +24,7 @@ use std::path::PathBuf;
     The answer goes to stdout, everything else to stderr; a model's thinking is shown dimmed on a terminal.")]
 #[command(override_usage = "rsinfer run [OPTIONS] MODEL [PROMPT]")]
 pub struct RunArgs {
-    /// A GGUF file (any part of a split one) or `demo`; then, if you like, the prompt
+    /// A GGUF file (any part of a split one), a stored model's name or `demo`; then, if you like, the prompt
     #[arg(value_name = "MODEL [PROMPT]", required_unless_present = "model")]
     words: Vec<String>,
     /// MODEL, as llama.cpp's tools spell it
@@ -45,9 +45,9 @@ pub struct RunArgs {
     /// Context size in tokens, 0 for what the model was trained for [default: that, but at most 4096]
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
-    /// At most this many new tokens (-1: until the model ends)
-    #[arg(short, long, alias = "predict", default_value_t = -1, allow_negative_numbers = true, value_name = "N")]
-    n_predict: i64,
+    /// At most this many new tokens (-1, the default: until the model ends)
+    #[arg(short, long, alias = "predict", allow_negative_numbers = true, value_name = "N")]
+    n_predict: Option<i64>,
     #[command(flatten)]
     batch: BatchArg,
     #[command(flatten)]
@@ -109,6 +109,8 @@ impl RunArgs {
     pub fn resolve(self) -> Result<RunConfig> {
         let mut words = self.words.into_iter();
         let name = self.model.or_else(|| words.next()).expect("clap asks for one of the two");
+        let entry = Store::from_env().named(&name)?;
+        let stored = &entry.params;
         let words: Vec<String> = words.collect();
         let escaped = |s: String| if self.escape { text::unescape(&s) } else { s };
         let mut parts = Vec::new();
@@ -132,9 +134,11 @@ impl RunArgs {
         };
         let system = match &self.system_prompt_file {
             Some(path) => Some(text::read_prompt_file(path)?),
-            None => self.system_prompt.map(escaped),
+            None => self.system_prompt.map(escaped).or(entry.system),
         };
-        let mut session = self.cache.session(self.ctx_size, self.batch.get(), DType::F16);
+        let count = |name: &str| stored.int(name).and_then(|n| usize::try_from(n).ok());
+        let ctx = self.ctx_size.or_else(|| count("num_ctx"));
+        let mut session = self.cache.session_of(stored, ctx, self.batch.get_of(stored));
         if self.trace.is_some() {
             if prompt.is_none() && !self.raw {
                 super::usage("run", "--trace is of one answer: give a prompt");
@@ -145,12 +149,15 @@ impl RunArgs {
         self.place.resolve().on_cpu()?;
         Ok(RunConfig {
             fit: self.fit,
-            load: self.load.resolve(Source::parse(&name)),
+            load: self.load.resolve_of(stored, entry.source),
             session,
-            sampler: self.sampling.resolve(),
+            sampler: self.sampling.resolve(stored),
             generate: GenerateOptions {
-                max_tokens: self.n_predict.try_into().ok(),
-                stop: self.stop,
+                max_tokens: match self.n_predict {
+                    Some(n) => n.try_into().ok(),
+                    None => count("num_predict"),
+                },
+                stop: if self.stop.is_empty() { stored.stop() } else { self.stop },
                 ignore_eos: self.ignore_eos,
                 special: self.special,
                 show: Vec::new(),
@@ -160,7 +167,12 @@ impl RunArgs {
             format,
             chat: ChatConfig {
                 system,
-                template: self.chat_template_file.map(|p| text::read_file(&p)).transpose()?,
+                template: self
+                    .chat_template_file
+                    .map(|p| text::read_file(&p))
+                    .transpose()?
+                    .or(entry.template),
+                messages: entry.messages,
                 kwargs,
                 think: if self.think { Some(true) } else { self.no_think.then_some(false) },
             },

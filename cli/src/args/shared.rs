@@ -1,13 +1,15 @@
 //! Groups of options that several commands share, and how their values are read.
 
 use crate::model::{LoadConfig, SessionConfig, Source};
+use crate::store::parameters::Parameters;
+use anyhow::Result;
 use clap::Args;
 use engine::{DType, KvSpec, SamplerOptions};
 
 /// MODEL, as the first free argument or with `-m`.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// A GGUF file (any part of a split one), or `demo`
+    /// A GGUF file (any part of a split one), the name of a stored model (`rsinfer list`), or `demo`
     #[arg(value_name = "MODEL", required_unless_present = "model_flag")]
     model: Option<String>,
     /// MODEL, as llama.cpp's tools spell it
@@ -16,9 +18,9 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    pub fn source(&self) -> Source {
+    pub fn source(&self) -> Result<Source> {
         let name = self.model_flag.as_ref().or(self.model.as_ref());
-        Source::parse(name.expect("clap asks for one of the two"))
+        Source::named(name.expect("clap asks for one of the two"))
     }
 }
 
@@ -35,7 +37,16 @@ pub struct LoadArgs {
 
 impl LoadArgs {
     pub fn resolve(&self, source: Source) -> LoadConfig {
-        LoadConfig { source, mmap: !self.no_mmap, threads: self.threads.map_or_else(cores, usize::from) }
+        self.resolve_of(&Parameters::default(), source)
+    }
+
+    /// As [`LoadArgs::resolve`]; what the command line leaves out is what a stored model says.
+    pub fn resolve_of(&self, p: &Parameters, source: Source) -> LoadConfig {
+        let mmap = !self.no_mmap && p.boolean("use_mmap").unwrap_or(true);
+        let stored =
+            p.int("num_thread").and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1024).contains(n));
+        let threads = self.threads.map(usize::from).or(stored).unwrap_or_else(cores);
+        LoadConfig { source, mmap, threads }
     }
 }
 
@@ -71,8 +82,15 @@ pub struct CacheArgs {
 #[derive(Args)]
 pub struct KvArg {
     /// What the cache keeps: full, window:N, sinks:S+window:W (text without end in constant memory) or a policy with a budget
-    #[arg(long, default_value = "full", value_name = "POLICY")]
-    pub kv: KvSpec,
+    /// [default: full]
+    #[arg(long, value_name = "POLICY")]
+    kv: Option<KvSpec>,
+}
+
+impl KvArg {
+    pub fn get(&self) -> KvSpec {
+        self.kv.clone().unwrap_or_default()
+    }
 }
 
 impl CacheTypeArgs {
@@ -84,7 +102,17 @@ impl CacheTypeArgs {
 
 impl CacheArgs {
     pub fn session(&self, ctx: Option<usize>, batch: usize, default: DType) -> SessionConfig {
-        SessionConfig { kv: self.kv.kv.clone(), ..self.types.session(ctx, batch, default) }
+        SessionConfig { kv: self.kv.get(), ..self.types.session(ctx, batch, default) }
+    }
+
+    /// As [`CacheArgs::session`]; what the command line leaves out is what a stored model says.
+    pub fn session_of(&self, p: &Parameters, ctx: Option<usize>, batch: usize) -> SessionConfig {
+        let mut s = self.session(ctx, batch, DType::F16);
+        s.kv = self.kv.kv.clone().or_else(|| p.kv()).unwrap_or_default();
+        s.cache_k = self.types.k.or_else(|| p.dtype("cache_type_k")).unwrap_or(s.cache_k);
+        s.cache_v = self.types.v.or_else(|| p.dtype("cache_type_v")).unwrap_or(s.cache_v);
+        s.cache_k_pe = self.types.k_pe.or_else(|| p.dtype("cache_type_k_pe"));
+        s
     }
 }
 
@@ -96,14 +124,20 @@ pub fn parse_cache_type(s: &str) -> Result<DType, String> {
 /// `-b`.
 #[derive(Args)]
 pub struct BatchArg {
-    /// Prompt tokens computed at once
-    #[arg(short, long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    batch_size: u32,
+    /// Prompt tokens computed at once [default: 512]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: Option<u32>,
 }
 
 impl BatchArg {
     pub fn get(&self) -> usize {
-        self.batch_size as usize
+        self.get_of(&Parameters::default())
+    }
+
+    /// As [`BatchArg::get`]; what the command line leaves out is what a stored model says.
+    pub fn get_of(&self, p: &Parameters) -> usize {
+        let stored = p.int("num_batch").and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
+        self.batch_size.or(stored).unwrap_or(512) as usize
     }
 }
 
@@ -111,61 +145,59 @@ impl BatchArg {
 #[derive(Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// Temperature; 0 takes the most probable token
-    #[arg(
-        long,
-        alias = "temperature",
-        default_value_t = 0.8,
-        allow_negative_numbers = true,
-        value_name = "X"
-    )]
-    temp: f32,
-    /// Keep the K most probable tokens (0: all)
-    #[arg(long, default_value_t = 40, allow_negative_numbers = true, value_name = "K")]
-    top_k: i64,
-    /// Keep the most probable tokens that add up to P (1: all)
-    #[arg(long, default_value_t = 0.95, allow_negative_numbers = true, value_name = "P")]
-    top_p: f32,
-    /// Keep tokens at least P times as probable as the best (0: all)
-    #[arg(long, default_value_t = 0.05, allow_negative_numbers = true, value_name = "P")]
-    min_p: f32,
-    /// Locally typical sampling (1: off)
-    #[arg(long, alias = "typical-p", default_value_t = 1.0, allow_negative_numbers = true, value_name = "P")]
-    typical: f32,
-    /// Tokens that the penalties look back on (0: none, -1: all)
-    #[arg(long, default_value_t = 64, allow_negative_numbers = true, value_name = "N")]
-    repeat_last_n: i64,
-    /// Penalty on tokens seen (1: off)
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_name = "X")]
-    repeat_penalty: f32,
-    /// Taken from the logit of tokens seen (0: off)
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_name = "X")]
-    presence_penalty: f32,
-    /// Taken from the logit for every time a token was seen (0: off)
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_name = "X")]
-    frequency_penalty: f32,
+    /// Temperature; 0 takes the most probable token [default: 0.8]
+    #[arg(long, alias = "temperature", allow_negative_numbers = true, value_name = "X")]
+    temp: Option<f32>,
+    /// Keep the K most probable tokens (0: all) [default: 40]
+    #[arg(long, allow_negative_numbers = true, value_name = "K")]
+    top_k: Option<i64>,
+    /// Keep the most probable tokens that add up to P (1: all) [default: 0.95]
+    #[arg(long, allow_negative_numbers = true, value_name = "P")]
+    top_p: Option<f32>,
+    /// Keep tokens at least P times as probable as the best (0: all) [default: 0.05]
+    #[arg(long, allow_negative_numbers = true, value_name = "P")]
+    min_p: Option<f32>,
+    /// Locally typical sampling (1: off) [default: 1]
+    #[arg(long, alias = "typical-p", allow_negative_numbers = true, value_name = "P")]
+    typical: Option<f32>,
+    /// Tokens that the penalties look back on (0: none, -1: all) [default: 64]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
+    repeat_last_n: Option<i64>,
+    /// Penalty on tokens seen (1: off) [default: 1]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
+    repeat_penalty: Option<f32>,
+    /// Taken from the logit of tokens seen (0: off) [default: 0]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
+    presence_penalty: Option<f32>,
+    /// Taken from the logit for every time a token was seen (0: off) [default: 0]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
+    frequency_penalty: Option<f32>,
     /// Add to a token's logit: `15043+1`, `15043-2.5`, `15043-inf` (repeatable)
     #[arg(short, long, value_name = "ID(+|-)X", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// Same seed, same text (-1: a new one every time)
-    #[arg(short, long, default_value_t = -1, allow_negative_numbers = true, value_name = "N")]
-    seed: i64,
+    /// Same seed, same text (-1: a new one every time) [default: -1]
+    #[arg(short, long, allow_negative_numbers = true, value_name = "N")]
+    seed: Option<i64>,
 }
 
 impl SamplingArgs {
-    pub fn resolve(&self) -> SamplerOptions {
+    /// What the command line leaves out is what a stored model says, or llama.cpp's default.
+    pub fn resolve(&self, stored: &Parameters) -> SamplerOptions {
+        let base = stored.sampler(SamplerOptions::default());
         SamplerOptions {
-            temperature: self.temp,
-            top_k: self.top_k.try_into().unwrap_or(0),
-            top_p: self.top_p,
-            min_p: self.min_p,
-            typical_p: self.typical,
-            repeat_last_n: self.repeat_last_n.try_into().unwrap_or(usize::MAX),
-            repeat_penalty: self.repeat_penalty,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
+            temperature: self.temp.unwrap_or(base.temperature),
+            top_k: self.top_k.map_or(base.top_k, |k| k.try_into().unwrap_or(0)),
+            top_p: self.top_p.unwrap_or(base.top_p),
+            min_p: self.min_p.unwrap_or(base.min_p),
+            typical_p: self.typical.unwrap_or(base.typical_p),
+            repeat_last_n: self
+                .repeat_last_n
+                .map_or(base.repeat_last_n, |n| n.try_into().unwrap_or(usize::MAX)),
+            repeat_penalty: self.repeat_penalty.unwrap_or(base.repeat_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(base.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(base.frequency_penalty),
             logit_bias: self.logit_bias.clone(),
-            seed: self.seed.try_into().ok(),
+            seed: self.seed.map_or(base.seed, |s| s.try_into().ok()),
         }
     }
 }

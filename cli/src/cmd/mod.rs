@@ -8,8 +8,10 @@ pub mod logits;
 pub mod perplexity;
 pub mod plan;
 pub mod quantize;
+pub mod remote;
 pub mod run;
 pub mod serve;
+pub mod store;
 pub mod template;
 pub mod tokenize;
 
@@ -26,6 +28,8 @@ pub enum Command {
     KvEval(kv_eval::Config),
     Quantize(quantize::Config),
     Serve(Box<crate::serve::config::Config>),
+    Store(store::Config),
+    Remote(remote::Config),
 }
 
 /// Does it.
@@ -42,5 +46,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::KvEval(c) => kv_eval::run(&c),
         Command::Quantize(c) => quantize::run(&c),
         Command::Serve(c) => serve::run(*c),
+        Command::Store(c) => store::run(&c),
+        Command::Remote(c) => remote::run(&c),
     }
 }

@@ -69,7 +69,7 @@ pub async fn serve(config: Config) -> Result<()> {
     let at = listener.local_addr()?;
     let preload = config.models.first().map(|p| p.display().to_string());
     let app = Arc::new(App {
-        store: Store::new(&config),
+        store: Store::from_env().with_files(config.models.clone()),
         models: Models::new(Arc::new(config.clone())),
         config,
         metrics,

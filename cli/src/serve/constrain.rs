@@ -100,8 +100,8 @@ impl Grammars {
     /// A format that is not valid, not supported, too large, or that no text can have.
     pub fn constraint(&self, format: &Format, begin: Begin) -> Result<Box<dyn Constraint>, FormatError> {
         let grammar = match format {
-            Format::Json => TopLevelGrammar::from_json_schema(json!({"type": "object"})),
-            Format::Schema(s) => TopLevelGrammar::from_json_schema(s.clone()),
+            Format::Json => json_schema(json!({"type": "object"})),
+            Format::Schema(s) => json_schema(s.clone()),
             Format::Regex(r) => TopLevelGrammar::from_regex(r),
             Format::Lark(g) => TopLevelGrammar::from_lark(g.clone()),
             Format::Gbnf(_) => {
@@ -126,6 +126,16 @@ impl Grammars {
         };
         Ok(Box::new(Held { matcher, words, at }))
     }
+}
+
+/// White space is bounded as llama.cpp bounds it (a weak model would otherwise write nothing else), and `oneOf` is read as
+/// `anyOf`, unless the schema has llguidance's own options.
+fn json_schema(mut schema: Value) -> TopLevelGrammar {
+    if let Some(map) = schema.as_object_mut() {
+        map.entry("x-guidance")
+            .or_insert_with(|| json!({"whitespace_pattern": " |\n{1,2}[ \t]{0,20}", "coerce_one_of": true}));
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 impl Words {

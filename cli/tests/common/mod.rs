@@ -8,6 +8,9 @@ use std::process::{Command, Output, Stdio};
 pub fn rsinfer() -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_rsinfer"));
     c.stdin(Stdio::null()).env("HOME", "/nonexistent").env_remove("XDG_STATE_HOME");
+    for name in ["RSINFER_MODELS", "OLLAMA_MODELS", "OLLAMA_HOST", "XDG_DATA_HOME"] {
+        c.env_remove(name);
+    }
     c
 }
 

@@ -65,7 +65,8 @@ impl Conversation {
             }
         };
         let session = config.session.open(&model, ctx)?;
-        let c = Self { config, model, template, messages: Vec::new(), session, sampler, format, load_time };
+        let messages = config.chat.messages.clone();
+        let c = Self { config, model, template, messages, session, sampler, format, load_time };
         if c.config.verbose {
             c.announce();
         }
@@ -103,7 +104,7 @@ impl Conversation {
 
     /// Forgets all messages.
     pub fn clear(&mut self) {
-        self.messages.clear();
+        self.messages.clone_from(&self.config.chat.messages);
         self.session.truncate(0);
     }
 

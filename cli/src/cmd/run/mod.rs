@@ -42,6 +42,8 @@ pub struct RunConfig {
 #[derive(Clone, Default)]
 pub struct ChatConfig {
     pub system: Option<String>,
+    /// What the conversation begins with.
+    pub messages: Vec<Value>,
     /// Jinja source in place of the model's own template.
     pub template: Option<String>,
     pub kwargs: Map<String, Value>,

@@ -151,9 +151,10 @@ fn load(c: &mut Conversation, name: &str) -> Result<()> {
         let mut file = std::fs::File::open(name).with_context(|| format!("cannot read {name}"))?;
         Ok(std::io::Read::read_exact(&mut file, &mut magic).is_ok() && &magic == b"GGUF")
     };
-    if Source::parse(name) == Source::Demo || is_model()? {
+    let source = Source::named(name);
+    if source.as_ref().is_ok_and(|s| *s == Source::Demo || !Path::new(name).exists()) || is_model()? {
         let mut config = c.config.clone();
-        config.load.source = Source::parse(name);
+        config.load.source = source?;
         *c = Conversation::open(config)?;
         eprintln!("loaded {}", c.model.info().name);
     } else {
