@@ -9,7 +9,8 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 
 /// Keys that only describe a model, whatever the architecture.
-const DESCRIPTIVE: &[&str] = &["vocab_size", "context_length", "rope.scaling.finetuned", "attention.causal"];
+const DESCRIPTIVE: &[&str] =
+    &["vocab_size", "context_length", "rope.scaling.finetuned", "attention.causal", "pooling_type"];
 
 /// The metadata keys under `{arch}.`, each remembered once read.
 pub struct Hyper<'a> {

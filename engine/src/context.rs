@@ -146,11 +146,23 @@ impl Context {
 
     /// Appends the logits `[rows.len(), vocab]` of the given rows of the last pass to `out`.
     pub fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        if let Some(r) = rows.iter().find(|r| **r as usize >= self.ids.len()) {
-            return Err(EngineError::Option(format!("row {r} of a pass of {}", self.ids.len())));
-        }
+        self.check_rows(rows)?;
         self.runner.logits(rows, out)?;
         Ok(self.model.file().check()?)
+    }
+
+    /// Appends the states `[rows.len(), d_model]` behind the last norm of the given rows of the last pass to `out`.
+    pub fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.check_rows(rows)?;
+        self.runner.states(rows, out)?;
+        Ok(self.model.file().check()?)
+    }
+
+    fn check_rows(&self, rows: &[u32]) -> Result<(), EngineError> {
+        match rows.iter().find(|r| **r as usize >= self.ids.len()) {
+            Some(r) => Err(EngineError::Option(format!("row {r} of a pass of {}", self.ids.len()))),
+            None => Ok(()),
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod config;
 mod context;
+mod embed;
 mod error;
 pub mod gguf;
 pub mod kv;
@@ -21,6 +22,7 @@ mod usage;
 mod weights;
 
 pub use context::Context;
+pub use embed::{Embedding, Pooling, embed};
 pub use error::EngineError;
 pub use kernels::cpu::machine::read_bandwidth;
 pub use kv::{Arena, ArenaOptions, CacheTypes, KvSpec, Rows, SeqId};

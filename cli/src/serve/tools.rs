@@ -66,6 +66,8 @@ pub struct Parser {
     names: Vec<String>,
     at: At,
     held: String,
+    /// There was a call: what parts calls is layout.
+    called: bool,
 }
 
 /// The tokens that mark calls, where they are control tokens: a decoder must show them.
@@ -134,7 +136,7 @@ impl Parser {
     fn of(family: Family, tools: &[Value]) -> Self {
         let names = tools.iter().filter_map(|t| t["function"]["name"].as_str().map(Into::into)).collect();
         let at = if matches!(family, Family::Bare) { At::Start } else { At::Text };
-        Self { family, names, at, held: String::new() }
+        Self { family, names, at, held: String::new(), called: false }
     }
 
     /// Takes text; gives what is certain.
@@ -168,6 +170,11 @@ impl Parser {
         }
     }
 
+    fn call(&mut self, call: ToolCall, out: &mut Vec<Piece>) {
+        self.called = true;
+        out.push(Piece::Call(call));
+    }
+
     /// One step; whether there may be another.
     fn tagged(&mut self, tags: &'static Tags, end: bool, out: &mut Vec<Piece>) -> bool {
         if self.at == At::Call {
@@ -179,7 +186,7 @@ impl Parser {
             let body = &self.held[tags.open.len()..closed.unwrap_or(n)];
             match tagged_call(body) {
                 Some(call) => {
-                    out.push(Piece::Call(call));
+                    self.call(call, out);
                     self.held.drain(..n);
                 }
                 None => self.say(n, out),
@@ -206,8 +213,7 @@ impl Parser {
             let begins = all().filter_map(|t| partial(&self.held, t)).min();
             self.held[..begins.unwrap_or(self.held.len())].trim_end().len()
         };
-        // Behind the last call there is layout, too.
-        if end && out.is_empty() && self.held.trim().is_empty() {
+        if end && self.called && self.held.trim().is_empty() {
             self.held.clear();
         }
         self.say(sure.min(self.held.len()), out);
@@ -219,7 +225,12 @@ impl Parser {
             self.say(self.held.len(), out);
             return false;
         }
-        let text = self.held.trim_start();
+        let layout: &[char] = if self.called { &[';', '\n', ' '] } else { &['\n', ' '] };
+        let text = self.held.trim_start_matches(layout);
+        if end && self.called && text.is_empty() {
+            self.held.clear();
+            return false;
+        }
         if !end && (text.is_empty() || PYTHON.starts_with(text)) {
             return false;
         }
@@ -233,7 +244,7 @@ impl Parser {
             self.at = At::Text;
             match builtin(call.trim()) {
                 Some(call) => {
-                    out.push(Piece::Call(call));
+                    self.call(call, out);
                     self.held.clear();
                 }
                 None => self.say(self.held.len(), out),
@@ -248,11 +259,8 @@ impl Parser {
                 let n = skipped + values.byte_offset();
                 match call_of(v).filter(|c| self.names.contains(&c.name)) {
                     Some(call) => {
-                        out.push(Piece::Call(call));
+                        self.call(call, out);
                         self.held.drain(..n);
-                        // Several are parted by a semicolon or a line.
-                        let rest = self.held.trim_start_matches([';', '\n', ' ']).len();
-                        self.held.drain(..self.held.len() - rest);
                         return !self.held.is_empty();
                     }
                     None => self.at = At::Text,

@@ -58,13 +58,38 @@ impl Head {
     ) -> Result<(), EngineError> {
         for rows in rows.chunks(b.rows.rows()) {
             let n = rows.len();
-            dev.gather(x, rows, b.rows.view_mut(n))?;
-            dev.rms_norm_heads(b.rows.view_mut(n), &self.norm, self.eps)?;
+            self.norm(dev, x, rows, b)?;
             dev.linear(&self.weight, b.rows.view(n), b.logits.view_mut(n), Write::Set)?;
-            let at = out.len();
-            out.resize(at + n * self.n_vocab(), 0.0);
-            dev.read(b.logits.view(n), &mut out[at..])?;
+            read(dev, b.logits.view(n), n * self.n_vocab(), out)?;
         }
         Ok(())
     }
+
+    /// The normed rows `[rows.len(), d]` of the residual stream x `[n, d]`, appended to `out`.
+    pub fn states(
+        &self,
+        dev: &Device,
+        x: View<'_>,
+        rows: &[u32],
+        b: &mut HeadBufs,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        for rows in rows.chunks(b.rows.rows()) {
+            self.norm(dev, x, rows, b)?;
+            read(dev, b.rows.view(rows.len()), rows.len() * self.weight.cols(), out)?;
+        }
+        Ok(())
+    }
+
+    fn norm(&self, dev: &Device, x: View<'_>, rows: &[u32], b: &mut HeadBufs) -> Result<(), EngineError> {
+        dev.gather(x, rows, b.rows.view_mut(rows.len()))?;
+        Ok(dev.rms_norm_heads(b.rows.view_mut(rows.len()), &self.norm, self.eps)?)
+    }
+}
+
+/// Appends `n` values to `out`.
+fn read(dev: &Device, from: View<'_>, n: usize, out: &mut Vec<f32>) -> Result<(), EngineError> {
+    let at = out.len();
+    out.resize(at + n, 0.0);
+    Ok(dev.read(from, &mut out[at..])?)
 }

@@ -215,4 +215,8 @@ impl Runner for DeepSeek2Runner {
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
         self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
     }
+
+    fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.m.head.states(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+    }
 }

@@ -57,6 +57,8 @@ pub trait Runner: Send {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError>;
     /// Appends the logits of the given rows of the last batch, `[rows.len(), vocab]`.
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError>;
+    /// Appends the states behind the last norm of the given rows of the last batch, `[rows.len(), d_model]`.
+    fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError>;
 }
 
 /// Loads the network that `file` holds.
