@@ -417,4 +417,47 @@ mod tests {
             );
         }
     }
+
+    /// What a mask costs: `cargo test --release -p rsinfer mask_costs -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn mask_costs() {
+        let schema = json!({"type": "object", "properties": {
+            "name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "items": {"type": "string"}},
+            "kind": {"enum": ["person", "place", "thing"]}}, "required": ["name", "age", "tags", "kind"]});
+        let text = r#"{"name": "Lily of the valley, called \"May bells\"", "age": 42, "tags": ["white", "spring flower", "poisonous"], "kind": "thing"}"#;
+        for file in ["deepseek-llm", "qwen2"] {
+            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join(format!("../../shared/vocab/ggml-vocab-{file}.gguf"));
+            let file = File::open(&path, engine::gguf::OpenMode::Mmap).expect("../shared is here");
+            let vocab = Vocab::from_metadata(file.metadata()).unwrap();
+            let start = std::time::Instant::now();
+            let g = Grammars::new(&vocab).unwrap();
+            let made = start.elapsed();
+            let ids = plain(&vocab, text);
+            for (name, format) in [("json", &Format::Json), ("schema", &Format::Schema(schema.clone()))] {
+                let start = std::time::Instant::now();
+                let mut c = g.constraint(format, Begin::Now).unwrap();
+                let compiled = start.elapsed();
+                let mut times = Vec::new();
+                let mut logits = vec![0.0; vocab.len()];
+                for &id in &ids {
+                    logits.fill(0.0);
+                    let start = std::time::Instant::now();
+                    c.mask(&mut logits).unwrap();
+                    c.accept(id).unwrap();
+                    times.push(start.elapsed());
+                }
+                times.sort();
+                let mean = times.iter().sum::<std::time::Duration>() / times.len() as u32;
+                println!(
+                    "{} tokens, grammars {made:?}, {name}: compiled {compiled:?}, {} masks: mean {mean:?}, median {:?}, most {:?}",
+                    vocab.len(),
+                    times.len(),
+                    times[times.len() / 2],
+                    times[times.len() - 1]
+                );
+            }
+        }
+    }
 }
