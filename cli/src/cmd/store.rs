@@ -55,7 +55,7 @@ pub fn run(c: &Config) -> Result<()> {
             }
         }
         Config::Copy { source, destination } => {
-            let made = store.copy(source, destination)?;
+            let made = store.copy(&store.named(source)?, destination)?;
             eprintln!("copied {source} to {}", made.name);
         }
     }

@@ -159,7 +159,7 @@ pub async fn show(State(app): State<Arc<App>>, mut f: Fields) -> Result<Json<Val
                 v => vec![format!("{k:<30} {v}")],
             })
             .collect();
-        Ok(json!({"license": m.licenses.join("\n"), "modelfile": modelfile(&m, &facts.template),
+        Ok(json!({"license": m.licenses.join("\n"), "modelfile": m.modelfile().to_string(),
             "parameters": parameters.join("\n"), "template": facts.template,
             "system": system.or(m.system.clone()).unwrap_or_default(), "details": facts.details,
             "messages": m.messages, "model_info": info, "capabilities": facts.capabilities,
@@ -167,24 +167,6 @@ pub async fn show(State(app): State<Arc<App>>, mut f: Fields) -> Result<Json<Val
             "modified_at": time(m.modified)}))
     });
     Ok(Json(v.await?))
-}
-
-/// A Modelfile that makes the same model.
-fn modelfile(m: &Resolved, template: &str) -> String {
-    let mut t = format!("# Modelfile of {}\nFROM {}\n", m.name, m.source.name());
-    if m.template.is_some() {
-        t += &format!("TEMPLATE \"\"\"{template}\"\"\"\n");
-    }
-    if let Some(s) = &m.system {
-        t += &format!("SYSTEM \"\"\"{s}\"\"\"\n");
-    }
-    for (k, v) in &m.params {
-        match v {
-            Value::Array(a) => a.iter().for_each(|v| t += &format!("PARAMETER {k} {v}\n")),
-            v => t += &format!("PARAMETER {k} {v}\n"),
-        }
-    }
-    t
 }
 
 /// `GET /v1/models`.

@@ -1,12 +1,17 @@
 //! HTTP: the routes, and a server that keeps its word until it has said the last one. Knows nothing of engines.
 
+mod anthropic;
 mod catalog;
+mod embed;
 mod error;
 mod fields;
 mod gate;
+mod llama;
+mod manage;
 mod messages;
 mod ollama;
 mod openai;
+mod responses;
 mod stream;
 
 use crate::serve::config::Config;
@@ -19,7 +24,7 @@ use anyhow::{Context, Result};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, head, post};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -42,6 +47,22 @@ fn router(app: Arc<App>, loopback: bool) -> Router {
         .route("/api/show", post(catalog::show))
         .route("/api/generate", post(ollama::generate))
         .route("/api/chat", post(ollama::chat))
+        .route("/api/embed", post(embed::embed))
+        .route("/api/embeddings", post(embed::embeddings))
+        .route("/api/create", post(manage::create))
+        .route("/api/copy", post(manage::copy))
+        .route("/api/delete", delete(manage::delete))
+        .route("/api/blobs/{digest}", head(manage::has_blob).post(manage::put_blob))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/messages", post(anthropic::create))
+        .route("/v1/messages/count_tokens", post(anthropic::count))
+        .route("/props", get(llama::props))
+        .route("/slots", get(llama::slots))
+        .route("/tokenize", post(llama::tokenize))
+        .route("/detokenize", post(llama::detokenize))
+        .route("/apply-template", post(llama::apply_template))
+        .route("/completion", post(llama::completion))
+        .route("/v1/embeddings", post(embed::openai))
         .route("/v1/models", get(catalog::models))
         .route("/v1/models/{*id}", get(catalog::model))
         .route("/v1/chat/completions", post(openai::chat))

@@ -9,7 +9,7 @@ use crate::serve::failure::Failure;
 use crate::serve::options::{self, Options};
 use crate::serve::prompt::{App, Ask, Input, Thinking};
 use crate::serve::request::{Reason, TokenLogprob};
-use crate::serve::tools::{Piece, ToolCall};
+use crate::serve::tools::{Choice, Piece, ToolCall};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -122,7 +122,7 @@ fn response_format(f: &mut Fields) -> Result<Option<Format>, Failure> {
 }
 
 /// Takes `tools` and `tool_choice`.
-fn tools(f: &mut Fields, ask: &mut Ask) -> Result<(), Failure> {
+pub fn tools(f: &mut Fields, ask: &mut Ask) -> Result<(), Failure> {
     ask.tools = f.array("tools")?.unwrap_or_default();
     for t in &ask.tools {
         if !t["function"]["name"].is_string() {
@@ -133,7 +133,14 @@ fn tools(f: &mut Fields, ask: &mut Ask) -> Result<(), Failure> {
         None => {}
         Some(Value::String(s)) if s == "auto" => {}
         Some(Value::String(s)) if s == "none" => ask.tools.clear(),
-        Some(_) => return Err(Failure::field("tool_choice", "only \"auto\" and \"none\" are supported")),
+        Some(Value::String(s)) if s == "required" => ask.choice = Choice::Required,
+        Some(v) => match v["function"]["name"].as_str() {
+            Some(name) => ask.choice = Choice::Named(name.into()),
+            None => {
+                let why = "it must be \"auto\", \"none\", \"required\", or name a function";
+                return Err(Failure::field("tool_choice", why));
+            }
+        },
     }
     ask.one_call = f.boolean("parallel_tool_calls")? == Some(false);
     Ok(())

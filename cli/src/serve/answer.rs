@@ -57,6 +57,19 @@ pub struct Whole {
     pub logprobs: Vec<TokenLogprob>,
 }
 
+impl Whole {
+    /// Adds what came.
+    pub fn take(&mut self, pieces: Vec<Piece>) {
+        for p in pieces {
+            match p {
+                Piece::Thinking(t) => self.thinking.push_str(&t),
+                Piece::Text(t) => self.text.push_str(&t),
+                Piece::Call(c) => self.calls.push(c),
+            }
+        }
+    }
+}
+
 impl Answer {
     pub(super) fn new(
         lease: Arc<Lease>,
@@ -146,13 +159,7 @@ impl Answer {
                 Step::Said { pieces, token, logprob } => {
                     all.tokens.extend(token);
                     all.logprobs.extend(logprob);
-                    for p in pieces {
-                        match p {
-                            Piece::Thinking(t) => all.thinking.push_str(&t),
-                            Piece::Text(t) => all.text.push_str(&t),
-                            Piece::Call(c) => all.calls.push(c),
-                        }
-                    }
+                    all.take(pieces);
                 }
                 Step::Done(end) => return Ok((all, end)),
             }

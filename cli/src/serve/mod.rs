@@ -5,6 +5,7 @@ pub mod answer;
 pub mod config;
 pub mod constrain;
 pub mod duration;
+pub mod embed;
 pub mod failure;
 pub mod metrics;
 pub mod models;

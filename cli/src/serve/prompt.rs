@@ -61,6 +61,7 @@ pub struct Ask {
     pub template: Option<String>,
     /// As in OpenAI's API.
     pub tools: Vec<Value>,
+    pub choice: tools::Choice,
     /// Of several calls only the first is given.
     pub one_call: bool,
     /// More variables for the chat template.
@@ -89,6 +90,7 @@ impl Ask {
             context: Vec::new(),
             template: None,
             tools: Vec::new(),
+            choice: tools::Choice::Auto,
             one_call: false,
             kwargs: Map::new(),
             think: None,
@@ -130,6 +132,18 @@ impl App {
     pub async fn load(&self, model: &Resolved, ask: &Ask) -> Result<Lease, Failure> {
         let o = Self::options(model, ask)?;
         self.models.acquire(model, &o.load, ask.keep_alive).await
+    }
+
+    /// The prompt's tokens, and what the chat template made of messages, without asking the model.
+    pub async fn prompt(&self, model: &Resolved, ask: Ask) -> Result<(Vec<u32>, String), Failure> {
+        let lease = self.load(model, &ask).await?;
+        let made = tokio::task::spawn_blocking(move || {
+            let model = lease.loaded.worker.model();
+            let (tokens, _) = input(model.vocab(), &model, &lease.loaded, &ask)?;
+            let text = model.vocab().decode(&tokens, true);
+            Ok((tokens, text))
+        });
+        made.await.map_err(Failure::internal)?
     }
 
     /// Begins the answers: one, or `n` of them with seeds that follow each other.
@@ -199,11 +213,18 @@ fn prepare(lease: &Lease, ask: &Ask, options: &Options, index: u64) -> Result<Pr
     };
     let invalid =
         |e: constrain::FormatError| Failure::Invalid { message: e.to_string(), param: Some("format".into()) };
-    let constraint = match &ask.format {
+    let forced = tools::forced(&ask.tools, &ask.choice).map_err(|e| Failure::field("tool_choice", e.0))?;
+    if forced.is_some() && ask.format.is_some() {
+        return Err(Failure::field("tool_choice", "a call cannot be held to a response format, too"));
+    }
+    let constraint = match forced.as_ref().or(ask.format.as_ref()) {
         Some(f) => Some(l.grammars()?.constraint(f, begin).map_err(invalid)?),
         None => None,
     };
-    let parser = (!ask.tools.is_empty()).then(|| tools::Parser::new(l.template.source(), &ask.tools));
+    let parser = (!ask.tools.is_empty()).then(|| match forced {
+        Some(_) => tools::Parser::forced(&ask.tools),
+        None => tools::Parser::new(l.template.source(), &ask.tools),
+    });
     let request = Generate {
         prompt: prompt.clone(),
         sampler,
@@ -211,7 +232,7 @@ fn prepare(lease: &Lease, ask: &Ask, options: &Options, index: u64) -> Result<Pr
         stop: options.stop.clone(),
         ignore_eos: options.ignore_eos,
         special: false,
-        show: Vec::new(),
+        show: if ask.tools.is_empty() { Vec::new() } else { tools::marks(vocab) },
         think,
         logprobs: ask.logprobs,
         constraint,

@@ -25,6 +25,18 @@ pub enum Piece {
     Call(ToolCall),
 }
 
+/// Whether tools are to be called.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The model decides.
+    #[default]
+    Auto,
+    /// One of them.
+    Required,
+    /// This one.
+    Named(String),
+}
+
 const DEEPSEEK: Tags = Tags {
     open: "<｜tool▁call▁begin｜>",
     close: "<｜tool▁call▁end｜>",
@@ -77,11 +89,16 @@ pub fn marks(vocab: &Vocab) -> Vec<u32> {
     all.filter(|&id| vocab.is_control(id)).collect()
 }
 
-/// What an answer must look like that is a call: of one of `tools` (as in OpenAI's API), or of the one called `name`.
+/// What an answer must look like that is a call of one of `tools` (as in OpenAI's API); `None` where the model decides.
 ///
 /// # Errors
 /// No such tool, or none at all.
-pub fn forced(tools: &[Value], name: Option<&str>) -> Result<Format, FormatError> {
+pub fn forced(tools: &[Value], choice: &Choice) -> Result<Option<Format>, FormatError> {
+    let name = match choice {
+        Choice::Auto => return Ok(None),
+        Choice::Required => None,
+        Choice::Named(n) => Some(n.as_str()),
+    };
     let named = |t: &&Value| name.is_none_or(|n| t["function"]["name"] == n);
     let call = |t: &Value| {
         let parameters = &t["function"]["parameters"];
@@ -97,7 +114,7 @@ pub fn forced(tools: &[Value], name: Option<&str>) -> Result<Format, FormatError
     match (calls.len(), name) {
         (0, Some(n)) => Err(FormatError(format!("tool_choice names {n:?}, which is none of the tools"))),
         (0, None) => Err(FormatError("tool_choice asks for a call, but there are no tools".into())),
-        _ => Ok(Format::Schema(with_definitions(calls))),
+        _ => Ok(Some(Format::Schema(with_definitions(calls)))),
     }
 }
 
@@ -510,16 +527,18 @@ mod tests {
         };
         let weather = r#"{"name": "get_weather", "arguments": {"city": "Paris"}}"#;
         let time = r#"{"name": "get_time", "arguments": {"city": "Paris"}}"#;
-        let any = forced(&tools(), None).unwrap();
+        let named = |n: &str| Choice::Named(n.into());
+        assert_eq!(forced(&tools(), &Choice::Auto), Ok(None));
+        let any = forced(&tools(), &Choice::Required).unwrap().unwrap();
         assert!(ok(&any, weather) && ok(&any, time) && !ok(&any, "{\"name\": \"x\""));
-        let named = forced(&tools(), Some("get_time")).unwrap();
-        assert!(ok(&named, time) && !ok(&named, weather));
+        let time_only = forced(&tools(), &named("get_time")).unwrap().unwrap();
+        assert!(ok(&time_only, time) && !ok(&time_only, weather));
         let mut p = Parser::forced(&tools());
         assert!(matches!(&p.push(weather)[..], [Piece::Call(c)] if c.name == "get_weather"));
-        assert!(forced(&tools(), Some("nosuch")).is_err() && forced(&[], None).is_err());
+        assert!(forced(&tools(), &named("nosuch")).is_err() && forced(&[], &Choice::Required).is_err());
         let with_defs = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object",
             "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"], "additionalProperties": false, "$defs": {"X": {"type": "integer"}}}}}]);
-        let f = forced(with_defs.as_array().unwrap(), None).unwrap();
+        let f = forced(with_defs.as_array().unwrap(), &Choice::Required).unwrap().unwrap();
         assert!(ok(&f, r#"{"name": "f", "arguments": {"x": 3}}"#));
     }
 }

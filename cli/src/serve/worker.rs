@@ -158,7 +158,6 @@ impl Worker {
     }
 
     /// Runs something on the engine's thread, between two passes.
-    #[allow(dead_code, reason = "for routes that are no generations")]
     pub fn call(&self, call: Call) {
         let _ = self.commands.send(Command::Call(call));
     }

@@ -212,15 +212,24 @@ impl Store {
     /// # Errors
     /// What the Modelfile refers to cannot be used, or the store cannot be written.
     pub fn create(&self, text: &str, m: &Modelfile, folder: &Path) -> Result<Resolved> {
-        let name = self.new_name(text)?;
         let beside = folder.join(&m.from);
         if beside.is_dir() && Name::parse(&m.from).is_err() {
             bail!("{}: a folder; FROM takes a GGUF file or the name of a model", beside.display());
         }
-        let mut entry = match beside.is_file() {
+        let base = match beside.is_file() {
             true => Resolved::of_path(&beside)?,
             false => self.named(&m.from)?,
         };
+        self.make(text, base, m)
+    }
+
+    /// Makes a model of another and what a Modelfile says apart from FROM.
+    ///
+    /// # Errors
+    /// A name that is none, a file that is no sound model, or the store cannot be written.
+    pub fn make(&self, text: &str, base: Resolved, m: &Modelfile) -> Result<Resolved> {
+        let name = self.new_name(text)?;
+        let mut entry = base;
         if entry.place != Place::Path {
             let mut details = entry.details()?;
             details.parent_model = entry.name.clone();
@@ -244,9 +253,8 @@ impl Store {
     }
 
     /// Gives a model a second name.
-    pub fn copy(&self, from: &str, to: &str) -> Result<Resolved> {
-        let entry = self.named(from)?;
-        self.write(&self.new_name(to)?, &entry)
+    pub fn copy(&self, entry: &Resolved, to: &str) -> Result<Resolved> {
+        self.write(&self.new_name(to)?, entry)
     }
 
     /// Takes a name out of the store; with it the blob that no other model uses. Files that were referred to stay.
@@ -276,7 +284,6 @@ impl Store {
     }
 
     /// The file of a blob of rsinfer's own store, there or not; `None` for what is no digest.
-    #[allow(dead_code, reason = "for /api/blobs")]
     pub fn blob(&self, digest: &str) -> Option<PathBuf> {
         Some(self.own.as_ref()?.join("blobs").join(digest_file(digest)?))
     }
@@ -327,7 +334,8 @@ impl Resolved {
     pub fn demo() -> Self {
         static DIGEST: OnceLock<String> = OnceLock::new();
         let digest = DIGEST.get_or_init(|| sha256(crate::demo::bytes()));
-        let mut e = Self::new(crate::demo::NAME.into(), Place::Demo, Source::Demo, digest.clone());
+        let name = format!("{}:latest", crate::demo::NAME);
+        let mut e = Self::new(name, Place::Demo, Source::Demo, digest.clone());
         e.size = crate::demo::bytes().len() as u64;
         e.modified = std::env::current_exe().map_or(SystemTime::UNIX_EPOCH, |p| modified(&p));
         e
@@ -338,7 +346,8 @@ impl Resolved {
         Ok(Self { name: format!("{stem}:latest"), ..Self::of_path(path)? })
     }
 
-    fn of_path(path: &Path) -> Result<Self> {
+    /// A file.
+    pub fn of_path(path: &Path) -> Result<Self> {
         let meta = std::fs::metadata(path).with_context(|| path.display().to_string())?;
         let identity = format!("{} {} {:?}", path.display(), meta.len(), meta.modified().ok());
         let name = path.display().to_string();

@@ -102,10 +102,12 @@ fn models_are_made_of_files_and_of_models() {
     );
     assert_eq!((child.system.as_deref(), child.source.clone()), (Some("s"), e.source));
     assert_eq!(child.details().unwrap().parent_model, "me/story:latest");
-    assert_eq!(f.store.copy("child", "other:1").unwrap().params, child.params);
+    assert_eq!(f.store.copy(&child, "other:1").unwrap().params, child.params);
     let names: Vec<String> = f.store.all().0.into_iter().map(|e| e.name).collect();
     assert!(
-        ["me/story:latest", "child:latest", "other:1", "demo"].iter().all(|n| names.contains(&(*n).into())),
+        ["me/story:latest", "child:latest", "other:1", "demo:latest"]
+            .iter()
+            .all(|n| names.contains(&(*n).into())),
         "{names:?}"
     );
     // Made of the embedded model, and replaced.
