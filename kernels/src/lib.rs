@@ -3,6 +3,7 @@
 mod backend;
 mod buf;
 pub mod cpu;
+pub mod cuda;
 mod host_bytes;
 mod kv_ops;
 mod limits;

@@ -1,0 +1,115 @@
+// Quantised weights times a few rounded activation rows, and rows of an embedding table; one format a compilation (FORMAT).
+//
+// A warp makes one output feature. Lane 8g + b takes sub-block b of groups g, g + 4, ...; the eight running sums of
+// docs/numerics.md travel from the lanes of one group to those of the next, so that they meet the groups in order: the bits are
+// those of the CPU's scalar kernel, while 32 lanes load. Every weight is loaded once for all columns.
+#include "formats.cuh"
+
+#define ROWS 4 // output features (warps) of a block
+
+// 256 activations rounded to int8 per 32: kernels/src/cpu/quantized.rs, with the integer sums of each run of 16.
+struct Block {
+    i8 q[256];
+    float scale[8], sum[8], half[16];
+    int isum[16];
+};
+
+template <class F, int C>
+__device__ __forceinline__ void matvec(
+    const u8* w, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 blocks, const Block* x, u32 x_stride, u32 n, const u32* ids,
+    u32 share, const float* bias, float* out, u32 out_stride, u32 add) {
+    const u32 lane = threadIdx.x % WARP, row = blockIdx.x * ROWS + threadIdx.x / WARP;
+    const u32 g = lane / 8, b = lane % 8, job = blockIdx.y;
+    if (row >= rows) return;
+    if (ids) w += matrix_bytes * ids[job];
+    w += row_bytes * row;
+    x += (u64)(job / share) * x_stride;
+    out += (u64)job * out_stride;
+    const u32 groups = F::BLOCK == 256 ? blocks : (blocks + 7) / 8;
+    float acc[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) acc[c] = 0.0f;
+    for (u32 at = 0; at < groups; at += 4) {
+        const u32 i = at + g;
+        const bool here = i < groups;
+        Sub s;
+        s.d = s.m[0] = s.m[1] = 0.0f;
+        s.sc[0] = s.sc[1] = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) s.q[j] = 0;
+        if (F::BLOCK == 256 ? here : 8 * i + b < blocks) F::load(s, w, blocks, F::BLOCK == 256 ? i : 8 * i + b, b);
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            float dot = 0.0f, d = 0.0f, sum[2] = {0.0f, 0.0f};
+            if (here) {
+                const Block& a = x[(u64)(c < n ? c : n - 1) * x_stride + i];
+                u32 v[8];
+                words(v, *(const uint4*)(a.q + 32 * b));
+                words(v + 4, *(const uint4*)(a.q + 32 * b + 16));
+                int lo = 0, hi = 0;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    lo = dot4(s.q[j], v[j], lo);
+                    hi = dot4(s.q[j + 4], v[j + 4], hi);
+                }
+                if (F::ZERO) {
+                    lo -= F::ZERO * a.isum[2 * b];
+                    hi -= F::ZERO * a.isum[2 * b + 1];
+                }
+                dot = F::KIND == PLAIN || F::KIND == MIN ? (float)(lo + hi) : (float)(s.sc[0] * lo + s.sc[1] * hi);
+                d = s.d * a.scale[b];
+                if (F::KIND == MIN) sum[0] = a.sum[b];
+                if (F::KIND == MIN16) sum[0] = a.half[2 * b], sum[1] = a.half[2 * b + 1];
+            }
+#pragma unroll
+            for (int step = 0; step < 4; step++) {
+                float t = fmaf(dot, d, acc[c]);
+                if (F::KIND == MIN || F::KIND == MIN16) t = fmaf(s.m[0], sum[0], t);
+                if (F::KIND == MIN16) t = fmaf(s.m[1], sum[1], t);
+                acc[c] = __shfl_sync(ALL, here ? t : acc[c], lane - 8);
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < C; c++) {
+        float y = sum_lanes<8>(acc[c]);
+        if (lane == 0 && c < n) {
+            float* o = out + (u64)c * out_stride + row;
+            if (bias) y += bias[row];
+            *o = add ? *o + y : y;
+        }
+    }
+}
+
+// out[c] (=|+=) W x[c] (+ bias), c < n. The grid: (rows / 4, jobs), 128 threads. For mixtures of experts, job j multiplies matrix
+// ids[j] (0 where there are no ids) with row j / share of x, into row j of out; n is 1 then.
+#define MATVEC(C)                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(ROWS* WARP, C < 8 ? 8 : 6) matvec_##C(                                                         \
+        const u8* w, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 blocks, const Block* x, u32 x_stride, u32 n, const u32* ids, \
+        u32 share, const float* bias, float* out, u32 out_stride, u32 add) {                                                     \
+        matvec<FORMAT, C>(w, row_bytes, matrix_bytes, rows, blocks, x, x_stride, n, ids, share, bias, out, out_stride, add);      \
+    }
+MATVEC(1)
+MATVEC(2)
+MATVEC(4)
+MATVEC(8)
+
+// out[j] = scale * row ids[j] of the table: a grid of (sub-blocks / 8, jobs), 256 threads; a warp writes a sub-block of 32.
+extern "C" __global__ void __launch_bounds__(256) embed(
+    const u8* w, u64 row_bytes, u32 blocks, const u32* ids, float scale, float* out, u32 out_stride) {
+    typedef FORMAT F;
+    const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 8 + threadIdx.x / WARP, job = blockIdx.y;
+    if (at >= blocks * (F::BLOCK / 32)) return;
+    Sub s;
+    F::load(s, w + row_bytes * ids[job], blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
+    // A tree of selects: an array indexed by the lane would lie in memory.
+    const u32 a = lane & 4 ? s.q[1] : s.q[0], c = lane & 4 ? s.q[3] : s.q[2];
+    const u32 e = lane & 4 ? s.q[5] : s.q[4], g = lane & 4 ? s.q[7] : s.q[6];
+    const u32 word = lane & 16 ? (lane & 8 ? g : e) : (lane & 8 ? c : a);
+    const float q = (float)((int)(i8)(word >> (8 * (lane % 4))) - F::ZERO);
+    float y = s.d * q;
+    if (F::KIND == SCALE16 || F::KIND == MIN16) y = (s.d * (float)(lane & 16 ? s.sc[1] : s.sc[0])) * q;
+    if (F::KIND == MIN) y = y + s.m[0];
+    if (F::KIND == MIN16) y = y + (lane & 16 ? s.m[1] : s.m[0]);
+    out[(u64)job * out_stride + 32 * at + lane] = scale == 1.0f ? y : y * scale;
+}

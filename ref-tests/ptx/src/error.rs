@@ -1,0 +1,117 @@
+//! What can go wrong: a file that is not understood, or a thread that does what it must not.
+
+/// An error of parsing or running.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PtxError {
+    /// The text is not PTX, or not of the part known here.
+    #[error("line {line}: {what}")]
+    Parse {
+        /// Line of the text, from 1.
+        line: u32,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A launch that does not fit its kernel.
+    #[error("launch of {kernel}: {what}")]
+    Launch {
+        /// The kernel's name.
+        kernel: String,
+        /// What does not fit.
+        what: String,
+    },
+    /// A thread did what it must not.
+    #[error("{kernel}, line {line}, block {block:?}, thread {thread}: {fault}")]
+    Run {
+        /// The kernel's name.
+        kernel: String,
+        /// Line of the text, from 1.
+        line: u32,
+        /// Block index.
+        block: [u32; 3],
+        /// Thread of the block, linear.
+        thread: u32,
+        /// What it did.
+        fault: Fault,
+    },
+    /// Host access to device memory that is not there, or was never written.
+    #[error("host access to {bytes} bytes at {address:#x}: {fault}")]
+    Host {
+        /// Where.
+        address: u64,
+        /// How many.
+        bytes: usize,
+        /// Why not.
+        fault: Fault,
+    },
+}
+
+/// What a thread must not do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Outside every allocation, or of the block's shared or the thread's local memory.
+    #[error("{space} access of {bytes} bytes at {address:#x} is out of bounds")]
+    OutOfBounds {
+        /// Address space.
+        space: &'static str,
+        /// Address.
+        address: u64,
+        /// Bytes.
+        bytes: usize,
+    },
+    /// Not a multiple of the access's size.
+    #[error("{space} access of {bytes} bytes at {address:#x} is misaligned")]
+    Misaligned {
+        /// Address space.
+        space: &'static str,
+        /// Address.
+        address: u64,
+        /// Bytes.
+        bytes: usize,
+    },
+    /// Bytes that nothing wrote (or that a `cp.async` not yet waited for is to write).
+    #[error("{space} read at {address:#x} of bytes that were never written")]
+    Uninitialised {
+        /// Address space.
+        space: &'static str,
+        /// Address.
+        address: u64,
+    },
+    /// A register that this thread did not write.
+    #[error("register {0} is read before it is written")]
+    UninitialisedRegister(String),
+    /// `ld.global.nc` of bytes written by this launch.
+    #[error("non-coherent read at {0:#x} of bytes that this launch wrote")]
+    NotReadOnly(u64),
+    /// Two threads at one place of shared memory with no barrier in between.
+    #[error(
+        "race at shared address {address:#x}: {access} after thread {other}'s {before} without a barrier"
+    )]
+    Race {
+        /// Address.
+        address: u64,
+        /// `write` or `read`.
+        access: &'static str,
+        /// The other thread.
+        other: u32,
+        /// Its access.
+        before: &'static str,
+    },
+    /// A barrier that some threads of the block cannot reach.
+    #[error("barrier divergence: {0}")]
+    BarrierDivergence(String),
+    /// A `.sync` instruction that some threads of its mask cannot reach.
+    #[error("threads of mask {0:#010x} wait for lanes {1:#010x}, which wait elsewhere")]
+    SyncDivergence(u32, u32),
+    /// The executing lane is not in the mask, or lanes give different ones.
+    #[error("the membership mask {0:#010x} does not fit the lanes {1:#010x} that execute the instruction")]
+    SyncMask(u32, u32),
+    /// A shuffle from a lane that does not take part.
+    #[error("shuffle from lane {0}, which does not take part")]
+    ShuffleSource(u32),
+    /// Too many instructions.
+    #[error("still running after {0} warp instructions")]
+    Endless(u64),
+    /// A value that an instruction cannot take.
+    #[error("{0}")]
+    Value(String),
+}

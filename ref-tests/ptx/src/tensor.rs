@@ -1,0 +1,66 @@
+//! `mma` and `ldmatrix`: where each lane's registers lie in the matrices (PTX ISA, "Matrix multiply-accumulate instructions"), and the
+//! products. Knows registers as arrays over lanes.
+
+use crate::float16::{Half, bf16, f16};
+use crate::lower::Mma;
+
+/// One register of all lanes.
+pub type Lanes = [u64; 32];
+
+/// Element (row of A or column of B, k) that part `i` of register `r` of a lane holds; `n` elements lie in a register.
+fn place(lane: usize, r: usize, i: usize, n: usize, a: bool) -> (usize, usize) {
+    let (group, inside) = (lane / 4, lane % 4);
+    // A: registers 0 and 2 hold row `group`, 1 and 3 row `group + 8`; the later pair the second half of k.
+    let (row, half) = if a { (group + 8 * (r % 2), r / 2) } else { (group, r) };
+    (row, n * inside + i + 4 * n * half)
+}
+
+/// `d = a b + c`: a is 16 x k, b k x 8.
+pub fn multiply(kind: Mma, a: &[Lanes; 4], b: &[Lanes; 2], c: &[Lanes; 4]) -> [Lanes; 4] {
+    // Elements in a register, bits of one.
+    let (n, bits) = if kind == Mma::S8 { (4, 8) } else { (2, 16) };
+    let value = |x: u64| match kind {
+        Mma::F16 => f16::wide(x & 0xffff),
+        Mma::Bf16 => bf16::wide(x & 0xffff),
+        Mma::S8 => f64::from(x as u8 as i8),
+    };
+    let (mut left, mut right) = ([[0.0f64; 32]; 16], [[0.0f64; 32]; 8]);
+    for lane in 0..32 {
+        for i in 0..n {
+            for (r, a) in a.iter().enumerate() {
+                let (row, k) = place(lane, r, i, n, true);
+                left[row][k] = value(a[lane] >> (bits * i));
+            }
+            for (r, b) in b.iter().enumerate() {
+                let (col, k) = place(lane, r, i, n, false);
+                right[col][k] = value(b[lane] >> (bits * i));
+            }
+        }
+    }
+    let mut d = [[0u64; 32]; 4];
+    for (r, d) in d.iter_mut().enumerate() {
+        for (lane, d) in d.iter_mut().enumerate() {
+            let (row, col) = (lane / 4 + 8 * (r / 2), 2 * (lane % 4) + r % 2);
+            let dot: f64 = (0..8 * n).map(|k| left[row][k] * right[col][k]).sum();
+            let c = c[r][lane];
+            *d = if kind == Mma::S8 {
+                u64::from((c as u32).wrapping_add(dot as i32 as u32))
+            } else {
+                crate::alu::out((dot + f64::from(f32::from_bits(c as u32))) as f32)
+            };
+        }
+    }
+    d
+}
+
+/// What each lane gets of an 8 x 8 matrix of 16-bit elements, given by its rows of 16 bytes.
+pub fn spread(rows: &[[u8; 16]; 8], transpose: bool) -> Lanes {
+    std::array::from_fn(|lane| {
+        let element = |j: usize| {
+            let (outer, inner) = (lane / 4, 2 * (lane % 4) + j);
+            let (row, col) = if transpose { (inner, outer) } else { (outer, inner) };
+            u64::from(u16::from_le_bytes([rows[row][2 * col], rows[row][2 * col + 1]]))
+        };
+        element(0) | element(1) << 16
+    })
+}

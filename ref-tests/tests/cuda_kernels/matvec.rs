@@ -1,0 +1,256 @@
+//! Weights of every format times one to eight rows; rows of embedding tables; rounding of activations.
+
+use crate::{Gpu, n, p};
+use kernels::cpu::Pool;
+use kernels::cpu::isa::Isa;
+use kernels::cpu::matmul::{Input, multiply_with};
+use kernels::cpu::quantized::{Block, Quantized};
+use kernels::cuda::layout::{blocks, pack_row, row_bytes};
+use kernels::cuda::modules::{module, of_format};
+use kernels::testing::{Fill, Rng, assert_bits, lengths, weights};
+use kernels::{HostBytes, Vector, View, ViewMut, Weight, Write};
+use ptx::Param;
+use quant::{DType, FORMATS};
+
+fn scalar() -> Isa {
+    Isa::named("scalar").unwrap()
+}
+
+fn rounds(dtype: DType) -> bool {
+    kernels::cpu::table::rounds_activations(dtype)
+}
+
+/// Rows as the device holds them.
+fn packed(dtype: DType, cols: usize, host: &[u8]) -> Vec<u8> {
+    let (from, to) = (dtype.row_bytes(cols).unwrap(), row_bytes(dtype, cols));
+    let mut out = vec![0; host.len() / from * to];
+    for (src, dst) in host.chunks_exact(from).zip(out.chunks_exact_mut(to)) {
+        pack_row(dtype, src, dst);
+    }
+    out
+}
+
+/// A rounded block as `struct Block` of matvec.cu.
+fn device_block(b: &Block) -> Vec<u8> {
+    let mut out: Vec<u8> = b.q.iter().map(|q| *q as u8).collect();
+    let mut float = |x: f32| out.extend(x.to_le_bytes());
+    b.scale.iter().chain(&b.sum).for_each(|x| float(*x));
+    for i in 0..8 {
+        float(b.sum_lo[i]);
+        float(b.sum_hi[i]);
+    }
+    for run in b.q.chunks_exact(16) {
+        out.extend(run.iter().map(|q| i32::from(*q)).sum::<i32>().to_le_bytes());
+    }
+    assert_eq!(out.len(), 448);
+    out
+}
+
+struct Case {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    columns: usize,
+    fill: Fill,
+    bias: bool,
+    add: bool,
+}
+
+/// Inputs on both sides: the weight, x on the host, and x on the device with its stride.
+fn input(gpu: &mut Gpu, dtype: DType, cols: usize, x: &[f32]) -> (Quantized, u64, usize) {
+    let mut q = Quantized::new();
+    if !rounds(dtype) {
+        let at = gpu.floats(x);
+        return (q, at, cols);
+    }
+    q.set_with(scalar(), &Pool::new(1), View::from_host(x, cols));
+    let bytes: Vec<u8> = (0..q.rows()).flat_map(|i| q.row(i).iter().flat_map(device_block)).collect();
+    let at = gpu.bytes(&bytes);
+    (q, at, cols.div_ceil(256))
+}
+
+fn check(c: &Case, seed: u64) {
+    let mut rng = Rng(seed);
+    let host = weights(c.dtype, c.rows, c.cols, c.fill, &mut rng);
+    let x = rng.activations(c.columns * c.cols);
+    let bias: Vec<f32> = (0..c.rows).map(|_| rng.unit()).collect();
+    let before: Vec<f32> = (0..c.columns * c.rows).map(|_| rng.unit()).collect();
+
+    let mut gpu = Gpu::new(of_format(c.dtype));
+    let (q, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);
+    let w = gpu.bytes(&packed(c.dtype, c.cols, &host));
+    let db = if c.bias { gpu.floats(&bias) } else { 0 };
+    let out = if c.add { gpu.floats(&before) } else { gpu.room(c.columns * c.rows) };
+    let row = row_bytes(c.dtype, c.cols);
+    let entry = [1, 2, 4, 8].into_iter().find(|k| *k >= c.columns).unwrap();
+    gpu.run(
+        &format!("matvec_{entry}"),
+        [c.rows.div_ceil(4), 1],
+        128,
+        &[
+            p(w),
+            p(row as u64),
+            p((row * c.rows) as u64),
+            n(c.rows),
+            n(blocks(c.dtype, c.cols)),
+            p(dx),
+            n(stride),
+            n(c.columns),
+            p(0),
+            n(1),
+            p(db),
+            p(out),
+            n(c.rows),
+            n(usize::from(c.add)),
+        ],
+    );
+
+    let weight = Weight::host(c.dtype, 1, c.rows, c.cols, HostBytes::from_vec(host)).unwrap();
+    let mut want = before;
+    multiply_with(
+        scalar(),
+        &Pool::new(1),
+        &weight,
+        0,
+        Input { float: View::from_host(&x, c.cols), quantized: rounds(c.dtype).then_some(&q) },
+        c.bias.then(|| Vector::new(bias)).as_ref(),
+        ViewMut::from_host(&mut want, c.rows),
+        if c.add { Write::Add } else { Write::Set },
+    );
+    assert_bits(&gpu.read(out, c.columns * c.rows), &want, || {
+        format!("{} [{}, {}] x {}, {:?}", c.dtype, c.rows, c.cols, c.columns, c.fill)
+    });
+}
+
+/// Every format at every boundary length; every number of columns; random and extreme bytes; bias and adding.
+#[test]
+fn products_have_the_scalar_kernels_bits() {
+    for f in FORMATS {
+        for (i, &cols) in lengths(f.dtype).iter().enumerate() {
+            let columns = 1 + i % 8;
+            let rows = [1, 3, 4, 5, 9][i % 5];
+            let fill = [Fill::Random, Fill::Extreme][i / 2 % 2];
+            let (bias, add) = (i % 2 == 0, i % 3 == 0);
+            check(&Case { dtype: f.dtype, rows, cols, columns, fill, bias, add }, i as u64);
+        }
+        let cols = if f.block_len == 256 { 768 } else { 12 * 32 };
+        for columns in 1..=8 {
+            let c =
+                Case { dtype: f.dtype, rows: 6, cols, columns, fill: Fill::Random, bias: false, add: false };
+            check(&c, 100 + columns as u64);
+        }
+    }
+}
+
+/// Experts: job j multiplies matrix ids[j] with row j / share.
+#[test]
+fn experts_pick_their_matrix() {
+    let (experts, rows, cols, used, tokens) = (5, 6, 512, 2, 3);
+    for dtype in [DType::Q4_K, DType::Q8_0, DType::F16] {
+        let mut rng = Rng(7);
+        let host = weights(dtype, experts * rows, cols, Fill::Random, &mut rng);
+        let x = rng.activations(tokens * cols);
+        let ids = [4u32, 0, 2, 4, 1, 3];
+        let mut gpu = Gpu::new(of_format(dtype));
+        let (q, dx, stride) = input(&mut gpu, dtype, cols, &x);
+        let w = gpu.bytes(&packed(dtype, cols, &host));
+        let (dids, out) = (gpu.words(&ids), gpu.room(ids.len() * rows));
+        let row = row_bytes(dtype, cols);
+        let k = blocks(dtype, cols);
+        let params = [
+            p(w),
+            p(row as u64),
+            p((row * rows) as u64),
+            n(rows),
+            n(k),
+            p(dx),
+            n(stride),
+            n(1),
+            p(dids),
+            n(used),
+            p(0),
+            p(out),
+            n(rows),
+            n(0),
+        ];
+        gpu.run("matvec_1", [rows.div_ceil(4), ids.len()], 128, &params);
+        let got = gpu.read(out, ids.len() * rows);
+        let weight = Weight::host(dtype, experts, rows, cols, HostBytes::from_vec(host)).unwrap();
+        for (j, id) in ids.iter().enumerate() {
+            let mut all = vec![0.0; tokens * rows];
+            multiply_with(
+                scalar(),
+                &Pool::new(1),
+                &weight,
+                *id as usize,
+                Input { float: View::from_host(&x, cols), quantized: rounds(dtype).then_some(&q) },
+                None,
+                ViewMut::from_host(&mut all, rows),
+                Write::Set,
+            );
+            assert_bits(&got[j * rows..][..rows], &all[j / used * rows..][..rows], || {
+                format!("{dtype}, job {j}")
+            });
+        }
+    }
+}
+
+#[test]
+fn embedding_rows_are_what_the_format_says() {
+    let ids = [3u32, 0, 6, 3];
+    for f in FORMATS {
+        for cols in [f.block_len.max(32), 3 * f.block_len.max(32)] {
+            for scale in [1.0f32, 22.627] {
+                let host = weights(f.dtype, 7, cols, Fill::Random, &mut Rng(cols as u64));
+                let mut gpu = Gpu::new(of_format(f.dtype));
+                let w = gpu.bytes(&packed(f.dtype, cols, &host));
+                let (dids, out) = (gpu.words(&ids), gpu.room(ids.len() * cols));
+                let row = row_bytes(f.dtype, cols);
+                let k = blocks(f.dtype, cols);
+                let params = [p(w), p(row as u64), n(k), p(dids), Param::F32(scale), p(out), n(cols)];
+                gpu.run("embed", [cols.div_ceil(256), ids.len()], 256, &params);
+                let mut want = vec![0.0; ids.len() * cols];
+                let host_row = f.dtype.row_bytes(cols).unwrap();
+                for (id, to) in ids.iter().zip(want.chunks_exact_mut(cols)) {
+                    (f.dequantize)(&host[*id as usize * host_row..][..host_row], to);
+                    to.iter_mut().for_each(|v| *v *= scale);
+                }
+                assert_bits(&gpu.read(out, want.len()), &want, || format!("{} of {cols}", f.name));
+            }
+        }
+    }
+}
+
+/// The device's rounding against the CPU's, to the bit, for all lengths, zeros, outliers, the very large and the very small.
+#[test]
+fn activations_are_rounded_as_on_the_cpu() {
+    let ptx = module("round").unwrap();
+    for (i, cols) in [1, 31, 32, 33, 255, 256, 257, 511, 512, 700].into_iter().enumerate() {
+        let mut rng = Rng(i as u64);
+        let rows = 3;
+        let mut x = rng.activations(rows * cols);
+        let factor = [1.0, 1e-3, 1e30, 1e-29, 1e-38, 1e-44][i % 6];
+        x.iter_mut().for_each(|v| *v *= factor);
+        if i % 4 == 3 {
+            (x[0], x[cols - 1], x[cols]) = (f32::NAN, f32::INFINITY, -f32::INFINITY);
+        }
+        let mut q = Quantized::new();
+        q.set_with(scalar(), &Pool::new(1), View::from_host(&x, cols));
+        let blocks = cols.div_ceil(256);
+        let mut gpu = Gpu::new(ptx);
+        let dx = gpu.floats(&x);
+        let out = gpu.machine.alloc(rows * blocks * 448);
+        gpu.run("round_rows", [blocks, rows], 256, &[p(dx), n(cols), n(cols), p(out), n(blocks)]);
+        let got = gpu.machine.read(out, rows * blocks * 448).unwrap();
+        let want: Vec<u8> = (0..rows).flat_map(|r| q.row(r).iter().flat_map(device_block)).collect();
+        for (k, (g, w)) in got.chunks_exact(448).zip(want.chunks_exact(448)).enumerate() {
+            assert_eq!(g[..256], w[..256], "integers of block {k}, {cols} columns, factor {factor}");
+            assert_eq!(g[384..], w[384..], "sums of block {k}, {cols} columns");
+            for (g, w) in g[256..384].chunks_exact(4).zip(w[256..384].chunks_exact(4)) {
+                let (g, w) = [g, w].map(|b| f32::from_le_bytes(b.try_into().unwrap())).into();
+                let same = g.to_bits() == w.to_bits() || g.is_nan() && w.is_nan() || g == 0.0 && w == 0.0;
+                assert!(same, "scale {g:e}, not {w:e}, block {k}, {cols} columns, factor {factor}");
+            }
+        }
+    }
+}

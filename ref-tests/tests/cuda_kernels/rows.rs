@@ -1,0 +1,201 @@
+//! Row operations against plain formulas: in f64 with a bar, or to the bit where nothing is summed.
+
+use crate::{Gpu, n, p};
+use kernels::cuda::modules::module;
+use kernels::testing::{Rng, assert_bits, assert_close};
+use ptx::Param;
+
+fn gpu() -> Gpu {
+    Gpu::new(module("rows").unwrap())
+}
+
+fn fill(rng: &mut Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.unit()).collect()
+}
+
+/// Squares in 64 lanes with fused multiply-adds, then a tree: the order of docs/numerics.md, written out.
+fn rms_norm(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
+    let whole = x.len() / 16 * 16;
+    let mut lanes = [0.0f32; 64];
+    for (i, v) in x[..whole].iter().enumerate() {
+        lanes[i % 64] = v.mul_add(*v, lanes[i % 64]);
+    }
+    let mut sixteen: [f32; 16] =
+        std::array::from_fn(|l| (lanes[l] + lanes[16 + l]) + (lanes[32 + l] + lanes[48 + l]));
+    for half in [8, 4, 2, 1] {
+        for l in 0..half {
+            sixteen[l] += sixteen[l + half];
+        }
+    }
+    let squares = x[whole..].iter().fold(sixteen[0], |s, v| s + v * v);
+    let inv = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    x.iter().zip(w).map(|(x, w)| x * inv * w).collect()
+}
+
+#[test]
+fn rms_norm_has_the_cpus_order() {
+    for (i, len) in [1, 15, 16, 17, 63, 64, 65, 128, 300, 1030].into_iter().enumerate() {
+        let mut rng = Rng(i as u64);
+        let (rows, heads) = (2, 1 + i % 3);
+        let (x, w) = (fill(&mut rng, rows * heads * len), fill(&mut rng, len));
+        let mut g = gpu();
+        let (dx, dw) = (g.floats(&x), g.floats(&w));
+        // Both into another buffer and in place.
+        let out = if i % 2 == 0 { g.room(x.len()) } else { dx };
+        let stride = n(heads * len);
+        g.run(
+            "rms_norm",
+            [heads, rows],
+            256,
+            &[p(dx), stride, p(dw), n(len), Param::F32(1e-6), p(out), stride],
+        );
+        let want: Vec<f32> = x.chunks_exact(len).flat_map(|x| rms_norm(x, &w, 1e-6)).collect();
+        assert_bits(&g.read(out, x.len()), &want, || format!("rms_norm of {len}"));
+        // And the formula itself.
+        let exact: Vec<f64> = x
+            .chunks_exact(len)
+            .flat_map(|x| {
+                let squares: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum();
+                let inv = 1.0 / (squares / len as f64 + f64::from(1e-6f32)).sqrt();
+                x.iter().zip(&w).map(move |(x, w)| f64::from(*x) * inv * f64::from(*w)).collect::<Vec<_>>()
+            })
+            .collect();
+        let size: Vec<f64> = exact.iter().map(|v| v.abs()).collect();
+        assert_close(&g.read(out, x.len()), &exact, &size, 1e-6, || format!("rms_norm of {len}"));
+    }
+}
+
+#[test]
+fn rope_turns_both_kinds_of_pairs() {
+    for halves in [false, true] {
+        for (heads, head_dim, offset, half) in
+            [(1, 2, 0, 1), (3, 10, 4, 3), (4, 64, 0, 32), (5, 192, 128, 32)]
+        {
+            let mut rng = Rng(half as u64);
+            let rows = 2;
+            let x = fill(&mut rng, rows * heads * head_dim);
+            let cs = fill(&mut rng, rows * 2 * half);
+            let mut g = gpu();
+            let (dx, dcs) = (g.floats(&x), g.floats(&cs));
+            let params = [
+                p(dx),
+                n(heads * head_dim),
+                n(heads),
+                n(head_dim),
+                n(offset),
+                n(half),
+                n(usize::from(halves)),
+                p(dcs),
+                n(2 * half),
+            ];
+            g.run("rope", [(heads * half).div_ceil(128), rows], 128, &params);
+            let mut want = x;
+            for (row, cs) in want.chunks_exact_mut(heads * head_dim).zip(cs.chunks_exact(2 * half)) {
+                for head in row.chunks_exact_mut(head_dim) {
+                    for i in 0..half {
+                        let (a, b) = if halves { (i, i + half) } else { (2 * i, 2 * i + 1) };
+                        let (u, v) = (head[offset + a], head[offset + b]);
+                        head[offset + a] = u * cs[i] - v * cs[half + i];
+                        head[offset + b] = u * cs[half + i] + v * cs[i];
+                    }
+                }
+            }
+            assert_bits(&g.read(dx, want.len()), &want, || format!("rope, {heads} heads of {head_dim}"));
+        }
+    }
+}
+
+#[test]
+fn gated_activations_are_within_a_few_units() {
+    let mut rng = Rng(3);
+    let mut gate: Vec<f32> = (0..300).map(|_| 12.0 * rng.unit()).collect();
+    gate[..8].copy_from_slice(&[0.0, -0.0, 100.0, -100.0, -88.0, 88.9, -104.0, 1e-30]);
+    let up = fill(&mut rng, 300);
+    for act in [0, 1] {
+        let mut g = gpu();
+        let (dg, du) = (g.floats(&gate), g.floats(&up));
+        g.run("glu", [2, 1], 256, &[p(dg), n(300), p(du), n(300), n(300), n(act)]);
+        let exact: Vec<f64> = gate
+            .iter()
+            .zip(&up)
+            .map(|(x, u)| {
+                let x = f64::from(*x);
+                let y = if act == 0 {
+                    x / (1.0 + (-x).exp())
+                } else {
+                    let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                    0.5 * x * (1.0 + inner.tanh())
+                };
+                y * f64::from(*u)
+            })
+            .collect();
+        // GELU far to the left is a difference of nearly equal numbers in the oracle, too: measure against x there.
+        let size: Vec<f64> = gate
+            .iter()
+            .zip(&exact)
+            .map(|(x, y)| if act == 0 { y.abs() + 1e-37 } else { y.abs() + 1e-2 * f64::from(x.abs()) })
+            .collect();
+        assert_close(&g.read(dg, 300), &exact, &size, 2e-6, || format!("activation {act}"));
+    }
+}
+
+#[test]
+fn rows_are_gathered_added_and_mixed() {
+    let mut rng = Rng(5);
+    let (cols, used) = (300, 3);
+    let (x, before) = (fill(&mut rng, 4 * cols), fill(&mut rng, 2 * cols));
+    let rows = [3u32, 1];
+    for (add, by_id) in [(false, true), (true, true), (true, false)] {
+        let mut g = gpu();
+        let (dx, out) = (g.floats(&x), if add { g.floats(&before) } else { g.room(2 * cols) });
+        let ids = if by_id { g.words(&rows) } else { 0 };
+        let params = [p(dx), n(cols), p(ids), n(cols), p(out), n(cols), n(usize::from(add))];
+        g.run("gather", [2, 2], 256, &params);
+        let want: Vec<f32> = (0..2 * cols)
+            .map(|i| {
+                let row = if by_id { rows[i / cols] as usize } else { i / cols };
+                x[row * cols + i % cols] + if add { before[i] } else { 0.0 }
+            })
+            .collect();
+        assert_bits(&g.read(out, 2 * cols), &want, || format!("gather, add {add}"));
+    }
+    let (experts, weights) = (fill(&mut rng, 2 * used * cols), fill(&mut rng, 2 * used));
+    for shared in [false, true] {
+        let mut g = gpu();
+        let (de, dw, out) = (g.floats(&experts), g.floats(&weights), g.floats(&before));
+        let ds = if shared { g.floats(&x) } else { 0 };
+        let params = [p(de), p(dw), n(used), p(ds), n(cols), p(out), n(cols), n(1)];
+        g.run("mix_experts", [2, 2], 256, &params);
+        let want: Vec<f32> = (0..2 * cols)
+            .map(|i| {
+                let (r, c) = (i / cols, i % cols);
+                let start = if shared { x[i] } else { 0.0 };
+                let y = (0..used)
+                    .fold(start, |y, k| y + weights[r * used + k] * experts[(r * used + k) * cols + c]);
+                before[i] + y
+            })
+            .collect();
+        assert_bits(&g.read(out, 2 * cols), &want, || format!("experts, shared {shared}"));
+    }
+}
+
+#[test]
+fn the_largest_logit_is_found_and_ties_go_to_the_lower() {
+    for len in [1, 2, 31, 32, 33, 255, 256, 257, 1000] {
+        let mut x = fill(&mut Rng(len as u64), 4 * len);
+        // Row 1: all equal. Row 2: all NaN. Row 3: NaN before the largest, minus infinity elsewhere.
+        x[len..2 * len].fill(0.5);
+        x[2 * len..3 * len].fill(f32::NAN);
+        x[3 * len..].fill(f32::NEG_INFINITY);
+        x[3 * len] = f32::NAN;
+        x[4 * len - 1] = if len == 1 { 1.0 } else { -7.0 };
+        let mut g = gpu();
+        let (dx, ids) = (g.floats(&x), g.machine.alloc(16));
+        g.run("argmax", [1, 4], 256, &[p(dx), n(len), n(len), p(ids)]);
+        let got = g.machine.read(ids, 16).unwrap();
+        let got: Vec<u32> = got.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
+        let row = &x[..len];
+        let best = (0..len).rev().max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap();
+        assert_eq!(got, [best as u32, 0, 0, len as u32 - 1], "{len} logits");
+    }
+}

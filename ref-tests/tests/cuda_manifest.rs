@@ -1,0 +1,66 @@
+//! The committed PTX is what its MANIFEST says, and so are the sources it was compiled from. Compiling them again needs Python and
+//! the pinned compiler (`kernels/src/cuda/build.py --check`); this does not.
+
+use kernels::cuda::modules::{MANIFEST, MODULES};
+use ref_tests::root;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+
+fn sha(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn names(folder: &str) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(root().join("kernels/src/cuda").join(folder)).unwrap();
+    entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn sources_and_ptx_have_the_hashes_of_the_manifest() {
+    let (mut sources, mut texts) = (BTreeSet::new(), BTreeSet::new());
+    for line in MANIFEST.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["source", hash, name] => {
+                let bytes = std::fs::read(root().join("kernels/src/cuda/src").join(name)).unwrap();
+                assert_eq!(sha(&bytes), hash, "{name} changed: run kernels/src/cuda/build.py");
+                sources.insert(name.to_owned());
+            }
+            ["ptx", hash, name, source, _, _] => {
+                let module = MODULES.iter().find(|m| format!("{}.ptx", m.name) == name);
+                let module = module.unwrap_or_else(|| panic!("{name} is missing in modules.rs"));
+                assert_eq!(sha(module.text.as_bytes()), hash, "{name} was changed by hand");
+                assert!(sources.contains(source), "{name} is made of {source}");
+                texts.insert(name.to_owned());
+            }
+            _ => assert!(["#", "compiler", "assembler", "options"].contains(&words[0]), "{line}"),
+        }
+    }
+    assert_eq!(sources, names("src"));
+    assert_eq!(texts, names("ptx"));
+    assert_eq!(texts.len(), MODULES.len());
+}
+
+/// The lowest that does the job: `.version` decides which drivers take the text, `.target` which GPUs.
+#[test]
+fn versions_and_targets_are_the_lowest() {
+    for m in MODULES {
+        let module = ptx::Module::parse(m.text).unwrap_or_else(|e| panic!("{}: {e}", m.name));
+        assert_eq!((module.version.as_str(), module.target.as_str()), ("8.1", "sm_75"), "{}", m.name);
+        assert!(!module.kernels().is_empty());
+    }
+}
+
+/// No kernel keeps registers in memory on any target; every kernel is in the table.
+#[test]
+fn resources_are_recorded_and_nothing_spills() {
+    let table = std::fs::read_to_string(root().join("kernels/src/cuda/RESOURCES.md")).unwrap();
+    for m in MODULES {
+        for k in ptx::Module::parse(m.text).unwrap().kernels() {
+            let row = format!("| {} | {} |", m.name, k.name());
+            let row = table.lines().find(|l| l.starts_with(&row));
+            let row = row.unwrap_or_else(|| panic!("{} of {} is not in RESOURCES.md", k.name(), m.name));
+            assert!(row.ends_with("| 0 |"), "spills: {row}");
+        }
+    }
+}
