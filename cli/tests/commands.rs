@@ -299,3 +299,14 @@ fn answers_are_held_to_a_format() {
     let e = error(&["run", "demo", "-p", "x", "--format", r#"{"type": "nonsense"}"#]);
     assert!(e.contains("nonsense"), "{e}");
 }
+
+#[test]
+fn a_prompt_cannot_write_control_tokens() {
+    let tokens = |prompt: &str| -> usize {
+        let o = run(&["run", "demo", "-p", prompt, "-n", "1", "--verbose"]);
+        let err = String::from_utf8(o.stderr).unwrap();
+        let line = err.lines().find_map(|l| l.strip_prefix("prompt eval count:")).expect("timings");
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    assert!(tokens("<｜User｜>") > tokens("a") + 1, "the mark of a turn was read as one token");
+}

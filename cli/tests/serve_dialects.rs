@@ -263,6 +263,15 @@ fn anthropic_messages() {
         (Some("tool_use"), Some("tool_use")),
         "{call}"
     );
+    let mut held = body.clone();
+    held["max_tokens"] = json!(200);
+    held["output_config"] = json!({"format": {"type": "json_schema", "schema": {"enum": ["a", "b"]}}});
+    let held = s.post("/v1/messages", held);
+    assert!(
+        ["\"a\"", "\"b\""]
+            .contains(&held["content"].as_array().unwrap().last().unwrap()["text"].as_str().unwrap()),
+        "{held}"
+    );
     let (status, text) = s.refused("/v1/messages", json!({"model": "demo", "messages": user("x")}));
     assert!(status == 400 && text.contains("max_tokens") && text.contains("\"type\":\"error\""), "{text}");
     let image = json!([{"role": "user", "content": [{"type": "image", "source": {}}]}]);

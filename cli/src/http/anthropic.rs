@@ -3,6 +3,7 @@
 use super::fields::Fields;
 use super::{error, messages, openai, stream};
 use crate::serve::answer::{Answer, End, Step, Whole};
+use crate::serve::constrain::Format;
 use crate::serve::failure::Failure;
 use crate::serve::options::Options;
 use crate::serve::prompt::{App, Ask, Input, Thinking};
@@ -137,10 +138,23 @@ fn read(model: &Resolved, f: &mut Fields) -> Result<Ask, Failure> {
         Some("enabled" | "adaptive") => Thinking::On,
         Some(_) => return Err(Failure::field("thinking", "its type must be enabled, adaptive or disabled")),
     });
-    // What models here cannot do with it changes nothing in the answer.
-    for name in ["output_config", "context_management", "container"] {
-        f.refuse(name, |v| v.as_object().is_some_and(|o| o.is_empty()))?;
+    let mut output = Fields(f.object("output_config")?.unwrap_or_default());
+    let effort = output.string("effort")?;
+    if let (Some(Thinking::On), Some(level)) = (&ask.think, effort) {
+        ask.think = Some(Thinking::Level(level));
     }
+    if let Some(format) = output.take("format") {
+        match (&format["type"], &format["schema"]) {
+            (Value::String(t), schema @ Value::Object(_)) if t == "json_schema" => {
+                ask.format = Some(Format::Schema(schema.clone()));
+            }
+            _ => {
+                return Err(Failure::field("output_config.format", "it must be a json_schema with a schema"));
+            }
+        }
+    }
+    output.nothing_else()?;
+    f.refuse("context_management", |v| v["edits"].as_array().is_none_or(Vec::is_empty))?;
     Ok(ask)
 }
 

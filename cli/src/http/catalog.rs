@@ -2,12 +2,12 @@
 
 use super::fields::Fields;
 use crate::serve::failure::Failure;
-use crate::serve::prompt::{App, fill_marks};
-use crate::store::Resolved;
+use crate::serve::prompt::App;
+use crate::store::{Details, Resolved};
 use axum::Json;
 use axum::extract::{Path, State};
-use engine::gguf::{Metadata, Summary, Value as Meta};
-use engine::text::{ChatTemplate, Vocab};
+use engine::gguf::{File, Metadata, Value as Meta};
+use engine::text::DEFAULT_TEMPLATE;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -19,60 +19,11 @@ fn time(t: SystemTime) -> String {
     jiff::Timestamp::try_from(t).unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_string()
 }
 
-/// `8.0B`, as Ollama counts parameters.
-fn count(n: u64) -> String {
-    let n = n as f64;
-    match n {
-        _ if n >= 1e12 => format!("{:.1}T", n / 1e12),
-        _ if n >= 1e9 => format!("{:.1}B", n / 1e9),
-        _ if n >= 1e6 => format!("{:.2}M", n / 1e6),
-        _ => format!("{:.2}K", n / 1e3),
-    }
-}
-
-/// What a file says of itself; a file that cannot be read says nothing.
-struct Facts {
-    details: Value,
-    capabilities: Vec<&'static str>,
-    template: String,
-}
-
-fn facts(m: &Resolved) -> Result<(Facts, engine::gguf::File), Failure> {
+/// What a model's file says of it.
+fn facts(m: &Resolved) -> Result<(Details, File), Failure> {
     let file = m.source.open().map_err(|e| Failure::Internal(format!("{e:#}")))?;
-    let meta = file.metadata();
-    let text = |k: &str| meta.str(k).ok().flatten().unwrap_or_default().to_owned();
-    let family = text("general.architecture");
-    let number = |k: &str| meta.u32(&format!("{family}.{k}")).ok().flatten();
-    let summary = Summary::of(&file).map_err(Failure::internal)?;
-    let params = summary.parameters;
-    let by_type = summary.by_type.iter().max_by_key(|t| t.bytes);
-    let level = summary.file_type.and_then(|t| t.1).map(Into::into);
-    let level: String =
-        level.or(by_type.map(|t| t.dtype.name().to_uppercase())).unwrap_or_else(|| "unknown".into());
-    let mut capabilities = vec!["completion"];
-    let mut template = String::new();
-    if let Ok(vocab) = Vocab::from_metadata(meta) {
-        if let Ok(t) = crate::chat::template(meta, &vocab, m.template.as_deref()) {
-            capabilities.extend(capable(&t));
-            template = t.source().to_owned();
-        }
-        capabilities.extend(fill_marks(&vocab).map(|_| "insert"));
-    }
-    let details = json!({"parent_model": "", "format": "gguf", "family": family, "families": [family],
-        "parameter_size": count(params), "quantization_level": level,
-        "context_length": number("context_length"), "embedding_length": number("embedding_length")});
-    Ok((Facts { details, capabilities, template }, file))
-}
-
-fn capable(t: &ChatTemplate) -> Vec<&'static str> {
-    let tools = t.source().contains("tools").then_some("tools");
-    let thinking = t.think_tags().map(|_| "thinking");
-    tools.into_iter().chain(thinking).collect()
-}
-
-/// `GET /`.
-pub async fn root() -> &'static str {
-    "Ollama is running"
+    let details = m.describe(&file).map_err(|e| Failure::Internal(format!("{e:#}")))?;
+    Ok((details, file))
 }
 
 /// `GET /api/version`.
@@ -97,7 +48,7 @@ pub async fn tags(State(app): State<Arc<App>>) -> Result<Json<Value>, Failure> {
         let entry = |m: &Resolved| {
             let facts = facts(m).map(|f| f.0).ok();
             json!({"name": m.name, "model": m.name, "modified_at": time(m.modified), "size": m.size,
-                "digest": m.digest, "details": facts.as_ref().map(|f| &f.details),
+                "digest": m.digest, "details": facts,
                 "capabilities": facts.as_ref().map(|f| &f.capabilities)})
         };
         Ok(list.iter().map(entry).collect::<Vec<_>>())
@@ -120,7 +71,7 @@ pub async fn ps(State(app): State<Arc<App>>) -> Json<Value> {
     all.sort_by_key(|(e, _)| std::cmp::Reverse(e.map_or((1, SystemTime::UNIX_EPOCH), |t| (0, t))));
     let ever = "2318-01-01T00:00:00Z";
     let entry = |(expires, l): &(Option<SystemTime>, Arc<crate::serve::models::Loaded>)| {
-        let details = facts(&l.resolved).map(|f| f.0.details).unwrap_or_default();
+        let details = facts(&l.resolved).map(|f| f.0).unwrap_or_default();
         json!({"name": l.resolved.name, "model": l.resolved.name, "size": l.resident + l.mapped,
             "digest": l.resolved.digest, "details": details, "size_vram": 0, "context_length": l.ctx,
             "expires_at": expires.map_or(ever.into(), time), "parallel": l.parallel, "kv": l.kv.to_string(),
@@ -143,8 +94,10 @@ pub async fn show(State(app): State<Arc<App>>, mut f: Fields) -> Result<Json<Val
     let system = f.string("system")?;
     let v = blocking(app, move |app| {
         let m = app.resolve(&name)?;
-        let (facts, file) = facts(&m)?;
+        let (details, file) = facts(&m)?;
         let meta: &Metadata = file.metadata();
+        let own = meta.str("tokenizer.chat_template").ok().flatten().unwrap_or(DEFAULT_TEMPLATE);
+        let template = m.template.as_deref().unwrap_or(own);
         let mut info: Map<String, Value> =
             meta.iter().map(|(k, v)| (k.to_owned(), value(v, verbose))).collect();
         let params: u64 = file.tensors().iter().map(|t| t.dims.iter().product::<u64>()).sum();
@@ -160,9 +113,9 @@ pub async fn show(State(app): State<Arc<App>>, mut f: Fields) -> Result<Json<Val
             })
             .collect();
         Ok(json!({"license": m.licenses.join("\n"), "modelfile": m.modelfile().to_string(),
-            "parameters": parameters.join("\n"), "template": facts.template,
-            "system": system.or(m.system.clone()).unwrap_or_default(), "details": facts.details,
-            "messages": m.messages, "model_info": info, "capabilities": facts.capabilities,
+            "parameters": parameters.join("\n"), "template": template,
+            "system": system.or(m.system.clone()).unwrap_or_default(), "details": details,
+            "messages": m.messages, "model_info": info, "capabilities": details.capabilities,
             "tensors": if verbose { file.tensors().iter().map(tensor).collect() } else { Value::Array(vec![]) },
             "modified_at": time(m.modified)}))
     });

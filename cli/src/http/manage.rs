@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_secs(60);
 
 fn failure(e: anyhow::Error) -> Failure {
     match e.downcast_ref::<NotFound>() {
-        Some(NotFound(name)) => Failure::NoModel(crate::output::one_line(name)),
+        Some(e) => Failure::NoModel(crate::output::one_line(&e.name)),
         None => Failure::invalid(format!("{e:#}")),
     }
 }

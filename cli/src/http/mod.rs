@@ -11,6 +11,7 @@ mod manage;
 mod messages;
 mod ollama;
 mod openai;
+mod page;
 mod responses;
 mod stream;
 
@@ -40,7 +41,7 @@ const HEADER_TIME: Duration = Duration::from_secs(30);
 /// All routes.
 fn router(app: Arc<App>, loopback: bool) -> Router {
     Router::new()
-        .route("/", get(catalog::root))
+        .route("/", get(page::root))
         .route("/api/version", get(catalog::version))
         .route("/api/tags", get(catalog::tags))
         .route("/api/ps", get(catalog::ps))

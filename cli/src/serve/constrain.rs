@@ -2,6 +2,7 @@
 //!
 //! A model that thinks first does so freely: the constraint begins behind its closing tag. Knows nothing of HTTP.
 
+use super::gbnf::{self, Converted};
 use engine::SampleError;
 use engine::text::thinking::ThinkTags;
 use engine::text::{TokenKind, Vocab};
@@ -104,12 +105,10 @@ impl Grammars {
             Format::Schema(s) => json_schema(s.clone()),
             Format::Regex(r) => TopLevelGrammar::from_regex(r),
             Format::Lark(g) => TopLevelGrammar::from_lark(g.clone()),
-            Format::Gbnf(_) => {
-                return Err(FormatError(
-                    "grammars in GBNF are not supported: give a JSON schema, a regular expression or a Lark grammar"
-                        .into(),
-                ));
-            }
+            Format::Gbnf(g) => match gbnf::convert(g).map_err(|e| FormatError(format!("grammar: {e}")))? {
+                Converted::Regex(r) => TopLevelGrammar::from_regex(&r),
+                Converted::Lark(l) => TopLevelGrammar::from_lark(l),
+            },
         };
         let matcher = Matcher::new(self.factory.create_parser(grammar));
         if let Some(e) = matcher.get_error() {
@@ -336,6 +335,8 @@ mod tests {
         });
         let schema = Format::Schema(schema);
         let lark = Format::Lark("start: \"yes\" | \"no\" (\" \" WORD)+\nWORD: /[a-z]+/".into());
+        let nested = "root ::= \"[\" (item (\",\" item)*)? \"]\"\nitem ::= [a-z]+ | root";
+        let nested = Format::Gbnf(nested.into());
         for (format, text, want) in [
             (&Format::Json, r#"{"a": [1, null, "x\n"]}"#, true),
             (&Format::Json, r#"[1]"#, false),
@@ -348,6 +349,10 @@ mod tests {
             (&Format::Regex("[a-c]{2,3}".into()), "abd", false),
             (&lark, "no more words", true),
             (&lark, "yes more", false),
+            (&Format::Gbnf("root ::= [0-9]{2} \"/\" (\"a\" | \"b\")+".into()), "42/ab", true),
+            (&Format::Gbnf("root ::= [0-9]{2} \"/\" (\"a\" | \"b\")+".into()), "4/ab", false),
+            (&nested, "[a,[b,c],[]]", true),
+            (&nested, "[a,[b,c]", false),
         ] {
             let mut c = g.constraint(format, Begin::Now).unwrap();
             assert_eq!(takes(&vocab, &mut *c, text), want, "{format:?} {text}");
@@ -364,7 +369,7 @@ mod tests {
             (Format::Schema(json!({"$ref": "http://example.com/schema"})), "example.com"),
             (Format::Regex("[a-".into()), "regex"),
             (Format::Lark("start: nothing".into()), "nothing"),
-            (Format::Gbnf("root ::= \"a\"".into()), "GBNF"),
+            (Format::Gbnf("root ::= other".into()), "no rule other"),
         ] {
             let Err(FormatError(e)) = g.constraint(&format, Begin::Now) else {
                 panic!("{format:?} is taken")

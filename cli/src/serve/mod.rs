@@ -7,6 +7,7 @@ pub mod constrain;
 pub mod duration;
 pub mod embed;
 pub mod failure;
+mod gbnf;
 pub mod metrics;
 pub mod models;
 pub mod options;

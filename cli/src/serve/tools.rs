@@ -114,24 +114,28 @@ pub fn forced(tools: &[Value], choice: &Choice) -> Result<Option<Format>, Format
     match (calls.len(), name) {
         (0, Some(n)) => Err(FormatError(format!("tool_choice names {n:?}, which is none of the tools"))),
         (0, None) => Err(FormatError("tool_choice asks for a call, but there are no tools".into())),
-        _ => Ok(Some(Format::Schema(with_definitions(calls)))),
+        _ => Ok(Some(Format::Schema(with_definitions(calls)?))),
     }
 }
 
 /// One schema of several; definitions of each move to the root, where `#/$defs/...` finds them.
-fn with_definitions(mut calls: Vec<Value>) -> Value {
-    let mut definitions = Map::new();
+fn with_definitions(mut calls: Vec<Value>) -> Result<Value, FormatError> {
+    let mut root = Map::new();
     for c in &mut calls {
-        let arguments = c["properties"]["arguments"].as_object_mut();
-        if let Some(Value::Object(defs)) = arguments.and_then(|a| a.remove("$defs")) {
-            definitions.extend(defs);
+        let Some(arguments) = c["properties"]["arguments"].as_object_mut() else { continue };
+        for key in ["$defs", "definitions"] {
+            let Some(Value::Object(own)) = arguments.shift_remove(key) else { continue };
+            let all = root.entry(key).or_insert_with(|| json!({}));
+            for (name, schema) in own {
+                if all.get(&name).is_some_and(|other| *other != schema) {
+                    return Err(FormatError(format!("two tools define {name:?} differently")));
+                }
+                all[&name] = schema;
+            }
         }
     }
-    let mut all = json!({"anyOf": calls});
-    if !definitions.is_empty() {
-        all["$defs"] = definitions.into();
-    }
-    all
+    root.insert("anyOf".into(), calls.into());
+    Ok(root.into())
 }
 
 impl Parser {
@@ -540,5 +544,10 @@ mod tests {
             "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"], "additionalProperties": false, "$defs": {"X": {"type": "integer"}}}}}]);
         let f = forced(with_defs.as_array().unwrap(), &Choice::Required).unwrap().unwrap();
         assert!(ok(&f, r#"{"name": "f", "arguments": {"x": 3}}"#));
+        let mut two = with_defs.as_array().unwrap().clone();
+        two.push(two[0].clone());
+        assert!(forced(&two, &Choice::Required).is_ok());
+        two[1]["function"]["parameters"]["$defs"]["X"] = json!({"type": "string"});
+        assert!(forced(&two, &Choice::Required).is_err());
     }
 }

@@ -39,7 +39,7 @@ impl Details {
         Ok(Self {
             format: "gguf".into(),
             families: vec![family.clone()],
-            parameter_size: s.size_label,
+            parameter_size: count(s.parameters),
             quantization_level: quantization.unwrap_or_else(by_share),
             context_length: number("context_length"),
             embedding_length: number("embedding_length"),
@@ -47,6 +47,17 @@ impl Details {
             family,
             parent_model: String::new(),
         })
+    }
+}
+
+/// `8.0B`, as Ollama counts parameters.
+fn count(n: u64) -> String {
+    let n = n as f64;
+    match n {
+        _ if n >= 1e12 => format!("{:.1}T", n / 1e12),
+        _ if n >= 1e9 => format!("{:.1}B", n / 1e9),
+        _ if n >= 1e6 => format!("{:.2}M", n / 1e6),
+        _ => format!("{:.2}K", n / 1e3),
     }
 }
 

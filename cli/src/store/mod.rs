@@ -13,6 +13,7 @@ pub use name::Name;
 
 use crate::model::Source;
 use anyhow::{Context, Result, bail};
+use engine::gguf::File;
 use modelfile::Modelfile;
 use parameters::Parameters;
 use serde_json::Value;
@@ -63,8 +64,12 @@ pub struct Resolved {
 
 /// There is no model of this name.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("model '{0}' not found")]
-pub struct NotFound(pub String);
+#[error("model '{name}' not found{places}")]
+pub struct NotFound {
+    pub name: String,
+    /// Where it was looked for, as the end of the sentence.
+    pub places: String,
+}
 
 /// The folders in which models are looked up.
 #[derive(Clone, Debug, Default)]
@@ -126,7 +131,8 @@ impl Store {
             Err(e) if e.is::<NotFound>() && !is_path && !path.exists() => {
                 let places = self.own.iter().chain(&self.ollama).map(|p| p.display().to_string());
                 let places: Vec<String> = places.collect();
-                Err(e.context(format!("no file of that name, and no such model in {}", places.join(", "))))
+                let places = format!(": no file of that name, and no such model in {}", places.join(", "));
+                Err(NotFound { name: text.into(), places }.into())
             }
             Err(e) if !e.is::<NotFound>() && !e.is::<name::BadName>() => Err(e),
             Err(_) => Resolved::of_path(path),
@@ -149,7 +155,7 @@ impl Store {
                 return read(root, place, &file, name.to_string());
             }
         }
-        Err(NotFound(text.into()).into())
+        Err(NotFound { name: text.into(), places: String::new() }.into())
     }
 
     /// What a client's name stands for: a file that is served by its stem, a file with its ending, a name; `None`: nothing.
@@ -366,8 +372,13 @@ impl Resolved {
 
     /// The same from the model's file itself, with what it can do.
     pub fn inspect(&self) -> Result<Details> {
+        self.describe(&self.source.open()?)
+    }
+
+    /// As [`Resolved::inspect`], of the file that is open already.
+    pub fn describe(&self, file: &File) -> Result<Details> {
         let parent_model = self.details.as_ref().map(|d| d.parent_model.clone()).unwrap_or_default();
-        Ok(Details { parent_model, ..Details::of(&self.source.open()?, self.template.as_deref())? })
+        Ok(Details { parent_model, ..Details::of(file, self.template.as_deref())? })
     }
 
     /// A Modelfile that makes this model.

@@ -89,7 +89,12 @@ impl std::fmt::Display for Modelfile {
         for (name, value) in self.parameters.as_json() {
             let each = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
             for v in each {
-                let text = v.as_str().map_or_else(|| v.to_string(), |s| format!("\"\"\"{s}\"\"\""));
+                let text = match v.as_str() {
+                    None => v.to_string(),
+                    Some(s) if s.is_empty() || s.contains(['"', '\n']) => format!("\"\"\"{s}\"\"\""),
+                    Some(s) if s.contains(char::is_whitespace) => format!("\"{s}\""),
+                    Some(s) => s.to_owned(),
+                };
                 writeln!(o, "PARAMETER {name} {text}")?;
             }
         }

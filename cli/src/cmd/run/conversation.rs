@@ -128,13 +128,15 @@ impl Conversation {
             return Ok((ids, text.to_owned()));
         }
         let system = self.config.chat.system.iter().map(|s| json!({"role": "system", "content": s}));
-        let messages = Value::Array(system.chain(self.messages.iter().cloned()).collect());
+        let messages: Vec<Value> = system.chain(self.messages.iter().cloned()).collect();
+        // What is read from a file or pasted must not end a turn.
+        let messages = Value::Array(chat::guard(vocab, &messages));
         let mut kwargs = self.config.chat.kwargs.clone();
         if let Some(think) = self.config.chat.think {
             chat::set_thinking(&mut kwargs, think);
         }
         let text = chat::render(&self.template, &messages, None, true, &kwargs)?;
-        Ok((chat::tokens(vocab, &text), text))
+        Ok((chat::guarded_tokens(vocab, &text), text))
     }
 
     /// Answers `text`, showing the answer as it comes; `cancelled` is asked after every piece. If it fails, the
