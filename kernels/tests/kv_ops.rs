@@ -88,7 +88,7 @@ fn step(device: &Device, cache: &mut KvBuf, naive: &mut Naive, rng: &mut Rng) {
         // As an eviction moves what stays: down, over what goes, in order.
         3 => {
             let cols = columns(naive.dtype, rng);
-            let kept: Vec<u32> = (0..SLOTS as u32).filter(|_| rng.bits() % 3 > 0).collect();
+            let kept: Vec<u32> = (0..SLOTS as u32).filter(|_| !rng.bits().is_multiple_of(3)).collect();
             let moves: Vec<(u32, u32)> = kept.iter().copied().zip(0..).collect();
             let want: Vec<_> = kept.iter().map(|&s| naive.read(s as usize, &cols)).collect();
             device.kv_move(cache, &moves, cols.clone()).unwrap();

@@ -1,15 +1,13 @@
-//! Many columns: 32 rows of weights at a time are unpacked to bytes, interleaved so that a register holds four values of
-//! each of 16 rows, and multiplied by eight columns at once. The eight lanes of the canonical order stay in the first-level
-//! cache, a few unpacked tiles in the second: all of them meet eight columns before the next eight are fetched.
+//! Many columns: tiles of 32 rows of weights (`tile`) are multiplied by eight columns at once. The eight lanes of the canonical
+//! order stay in the first-level cache, a few unpacked tiles in the second: all of them meet eight columns before the next eight
+//! are fetched.
 
 use super::Unpack;
+use super::tile::{Line, ROWS, lines, shape, unpack};
 use crate::cpu::quantized::Block;
-use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-/// Rows of a tile: two registers of 16.
-const ROWS: usize = 32;
 /// Columns multiplied at once.
 const COLUMNS: usize = 8;
 
@@ -17,38 +15,6 @@ const COLUMNS: usize = 8;
 const ROWS_AT_ONCE: usize = 128;
 /// Bytes that they may take once unpacked: together with some columns they fit the second-level cache.
 const UNPACKED: usize = 640 << 10;
-
-/// What a format looks like once unpacked: all that the multiplication knows of it, as the value of a generic parameter, so
-/// that formats of one shape share its code. Scales of runs of 16 are multiplied into the bytes where they fit.
-mod shape {
-    /// Bytes `q + 128`; d.
-    pub const SIGNED: usize = 0;
-    /// Bytes `q`; d, m.
-    pub const MIN: usize = 1;
-    /// Bytes `q + 128`; the two integer scales, d.
-    pub const SCALE16: usize = 2;
-    /// Bytes `sc * q`; d, the two minima.
-    pub const MIN16: usize = 3;
-}
-
-const fn shape<F: Unpack>() -> usize {
-    match F::KIND {
-        Kind::Plain => shape::SIGNED,
-        Kind::Min => shape::MIN,
-        Kind::Scale16 if folds::<F>() => shape::SIGNED,
-        Kind::Scale16 => shape::SCALE16,
-        Kind::Min16 => shape::MIN16,
-    }
-}
-
-/// Cache lines of a tile's sub-block: 16 of bytes, then two per scale.
-const fn lines(shape: usize) -> usize {
-    16 + 2 * [1, 2, 3, 3][shape]
-}
-
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 struct Scratch {
     tile: Vec<Line>,
@@ -79,166 +45,6 @@ pub fn reserve(groups: usize) {
         s.tile.resize(tile.max(s.tile.len()), Line([0; 64]));
         s.lanes.resize(lanes, Line([0; 64]));
     });
-}
-
-/// Whether `sc * q` fits a byte: levels of at most 4 bits with sign by 6-bit scales (Q3_K, negated), or 2 by 4 bits (Q2_K).
-const fn folds<F: Unpack>() -> bool {
-    matches!(F::KIND, Kind::Min16) || (matches!(F::KIND, Kind::Scale16) && F::OFFSET == 4)
-}
-
-/// `sc * (q - offset) + plus` for part `part` of four, 64 bytes, with one scale per 16.
-///
-/// # Safety
-/// As for all helpers here: inlined only into functions that have the instruction set.
-#[inline(always)]
-unsafe fn fold(q: __m512i, sc: __m128i, part: i8, offset: i8, plus: i8) -> __m512i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let lo = fold_half(_mm512_castsi512_si256(q), sc, 4 * part, offset);
-        let hi = fold_half(_mm512_extracti64x4_epi64::<1>(q), sc, 4 * part + 2, offset);
-        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(lo), hi);
-        _mm512_add_epi8(both, _mm512_set1_epi8(plus))
-    }
-}
-
-/// # Safety
-/// As above.
-#[inline(always)]
-unsafe fn fold_half(q: __m256i, sc: __m128i, at: i8, offset: i8) -> __m256i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let a = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(sc, _mm_set1_epi8(at)));
-        let b = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(sc, _mm_set1_epi8(at + 1)));
-        let s = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
-        let q = _mm512_sub_epi16(_mm512_cvtepu8_epi16(q), _mm512_set1_epi16(i16::from(offset)));
-        _mm512_cvtepi16_epi8(_mm512_mullo_epi16(q, s))
-    }
-}
-
-/// Scale number `m` of row `r`, one per sub-block, into the sub-blocks of the tile: float `r` of line 16 + 2m of each.
-///
-/// # Safety
-/// As above; `tile` has room for eight sub-blocks.
-#[inline(always)]
-unsafe fn put(tile: *mut Line, step: usize, m: usize, r: usize, v: __m256) {
-    let mut f = [0.0f32; 8];
-    // SAFETY: the caller's promise.
-    unsafe {
-        _mm256_storeu_ps(f.as_mut_ptr(), v);
-        let to = tile.cast::<f32>().add(16 * (16 + 2 * m) + r);
-        for (b, f) in f.into_iter().enumerate() {
-            to.add(16 * b * step).write(f);
-        }
-    }
-}
-
-/// 16 bytes of rows r, r + 4, r + 8, r + 12 of 256 bytes.
-///
-/// # Safety
-/// As above.
-#[inline(always)]
-unsafe fn four_rows(p: *const u8, r: usize) -> __m512i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let p = p.add(256 * r);
-        let z = _mm512_castsi128_si512(_mm_load_si128(p.cast()));
-        let z = _mm512_inserti32x4::<1>(z, _mm_load_si128(p.add(1024).cast()));
-        let z = _mm512_inserti32x4::<2>(z, _mm_load_si128(p.add(2048).cast()));
-        _mm512_inserti32x4::<3>(z, _mm_load_si128(p.add(3072).cast()))
-    }
-}
-
-/// Unpacks group `i` of 32 rows (the last one repeated past the end) into eight sub-blocks of the tile.
-///
-/// # Safety
-/// `w` holds the rows; `tile` has room for eight sub-blocks.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn unpack<F: Unpack>(w: &[u8], row_bytes: usize, i: usize, tile: *mut Line) {
-    let s = const { shape::<F>() };
-    let step = lines(s);
-    let last = w.len() / row_bytes - 1;
-    let mut bytes = [Line([0; 64]); 16 * 4];
-    let mut padded = [0u8; MAX_GROUP_BYTES];
-    for v in 0..2 {
-        for r in 0..16 {
-            let row = (16 * v + r).min(last);
-            let at = row * row_bytes + i * F::BYTES;
-            let left = (row + 1) * row_bytes - at;
-            // SAFETY: a whole group of the row, or what is left of it in a buffer that holds any group.
-            unsafe {
-                let mut p = w.as_ptr().add(at);
-                let mut ahead = 0;
-                while ahead < F::BYTES {
-                    _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(2 * F::BYTES + ahead).cast());
-                    ahead += 64;
-                }
-                if left < F::BYTES {
-                    std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), left);
-                    p = padded.as_ptr();
-                }
-                let [mut q0, mut q1, mut q2, mut q3] = F::bytes(p);
-                let mut sc = F::scales(p);
-                if s == shape::MIN16 {
-                    q0 = fold(q0, sc.sc, 0, 0, 0);
-                    q1 = fold(q1, sc.sc, 1, 0, 0);
-                    q2 = fold(q2, sc.sc, 2, 0, 0);
-                    q3 = fold(q3, sc.sc, 3, 0, 0);
-                } else if s == shape::SIGNED && folds::<F>() {
-                    // -sc * q lies in -128..=124; sc * q would not fit.
-                    let negative = _mm_sub_epi8(_mm_setzero_si128(), sc.sc);
-                    q0 = fold(q0, negative, 0, F::OFFSET as i8, -128);
-                    q1 = fold(q1, negative, 1, F::OFFSET as i8, -128);
-                    q2 = fold(q2, negative, 2, F::OFFSET as i8, -128);
-                    q3 = fold(q3, negative, 3, F::OFFSET as i8, -128);
-                    sc.d = _mm256_xor_ps(sc.d, _mm256_set1_ps(-0.0));
-                } else if s != shape::MIN && F::OFFSET != 128 {
-                    let plus = _mm512_set1_epi8((128 - F::OFFSET) as u8 as i8);
-                    q0 = _mm512_add_epi8(q0, plus);
-                    q1 = _mm512_add_epi8(q1, plus);
-                    q2 = _mm512_add_epi8(q2, plus);
-                    q3 = _mm512_add_epi8(q3, plus);
-                }
-                let to = bytes.as_mut_ptr().add(4 * r).cast::<__m512i>();
-                _mm512_store_si512(to, q0);
-                _mm512_store_si512(to.add(1), q1);
-                _mm512_store_si512(to.add(2), q2);
-                _mm512_store_si512(to.add(3), q3);
-                // The second register's lines follow the first's.
-                let tile = tile.add(v);
-                if s == shape::SCALE16 {
-                    let runs = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sc.sc));
-                    let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-                    let runs = _mm512_permutexvar_ps(even, runs);
-                    put(tile, step, 0, r, _mm512_castps512_ps256(runs));
-                    put(tile, step, 1, r, _mm512_extractf32x8_ps::<1>(runs));
-                    put(tile, step, 2, r, sc.d);
-                } else {
-                    put(tile, step, 0, r, sc.d);
-                    if s == shape::MIN || s == shape::MIN16 {
-                        put(tile, step, 1, r, sc.m);
-                    }
-                    if s == shape::MIN16 {
-                        put(tile, step, 2, r, sc.m_hi);
-                    }
-                }
-            }
-        }
-        // 16 bytes of 16 rows at a time, as four registers of 4 bytes of 16 rows.
-        for c in 0..16 {
-            // SAFETY: `bytes` holds 16 rows of 256 bytes; each sub-block takes eight pairs of lines.
-            unsafe {
-                let p = bytes.as_ptr().cast::<u8>().add(16 * c);
-                let (a, b, c2, d) = (four_rows(p, 0), four_rows(p, 1), four_rows(p, 2), four_rows(p, 3));
-                let (ab, ab2) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-                let (cd, cd2) = (_mm512_unpacklo_epi32(c2, d), _mm512_unpackhi_epi32(c2, d));
-                let to = tile.add(c / 2 * step + 8 * (c % 2) + v).cast::<__m512i>();
-                _mm512_store_si512(to, _mm512_unpacklo_epi64(ab, cd));
-                _mm512_store_si512(to.add(2), _mm512_unpackhi_epi64(ab, cd));
-                _mm512_store_si512(to.add(4), _mm512_unpacklo_epi64(ab2, cd2));
-                _mm512_store_si512(to.add(6), _mm512_unpackhi_epi64(ab2, cd2));
-            }
-        }
-    }
 }
 
 /// Adds steps `FROM..TO` (four values each) of a sub-block to the sums: `w` its lines, `a` its activations.
@@ -410,12 +216,15 @@ unsafe fn products<const S: usize>(
                     // SAFETY: the tile holds `groups` groups, and so do the columns.
                     unsafe {
                         multiply::<S, $t>(tile.as_ptr(), groups, cols, ahead, lanes.as_mut_ptr());
+                        // Once they are on their way, the next tiles need not ask for the next columns again.
+                        ahead = cols;
                         for t in 0..$t.min(x.len() - c) {
-                            let mut out = [0.0f32; ROWS];
                             let from = lanes.as_ptr().add(2 * t);
-                            _mm512_storeu_ps(out.as_mut_ptr(), tree16(from, 2 * $t));
-                            _mm512_storeu_ps(out.as_mut_ptr().add(16), tree16(from.add(1), 2 * $t));
-                            y[(c + t) * n + r0..][..rows].copy_from_slice(&out[..rows]);
+                            let sums = [tree16(from, 2 * $t), tree16(from.add(1), 2 * $t)];
+                            let to = &mut y[(c + t) * n + r0..][..rows];
+                            for (to, sums) in to.chunks_mut(16).zip(sums) {
+                                _mm512_mask_storeu_ps(to.as_mut_ptr(), 0xffff >> (16 - to.len()), sums);
+                            }
                         }
                     }
                 }

@@ -9,6 +9,7 @@ mod one;
 mod peak;
 mod runs;
 mod several;
+mod tile;
 
 pub use few::few;
 pub use float::{few as float_few, many as float_many};
