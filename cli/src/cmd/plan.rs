@@ -56,6 +56,24 @@ fn device_name(d: Device) -> String {
     }
 }
 
+/// A device's part of a plan, in bytes.
+pub fn device_json(d: &DevicePlan) -> Value {
+    let weights: Vec<Value> = Part::ALL
+        .iter()
+        .zip(&d.weights)
+        .filter(|(_, b)| b.mapped + b.resident > 0)
+        .map(|(part, b)| {
+            json!({"part": part.name(), "mapped_bytes": b.mapped, "resident_bytes": b.resident, "copied_bytes": b.copied})
+        })
+        .collect();
+    json!({
+        "device": device_name(d.device), "size_bytes": d.size, "weights": weights, "kv_bytes": d.kv,
+        "activation_bytes": d.activations, "scratch_bytes": d.scratch, "sampling_bytes": d.sampling,
+        "host_bytes": d.host, "resident_bytes": d.resident(), "mapped_bytes": d.mapped(),
+        "left_bytes": d.left(), "streamed_bytes": d.streamed(), "shortfall_bytes": d.shortfall(),
+    })
+}
+
 fn as_json(
     c: &Config,
     m: &PlanModel,
@@ -65,22 +83,6 @@ fn as_json(
     changed: Option<&str>,
 ) -> Value {
     let s = &o.session;
-    let device = |d: &DevicePlan| {
-        let weights: Vec<Value> = Part::ALL
-            .iter()
-            .zip(&d.weights)
-            .filter(|(_, b)| b.mapped + b.resident > 0)
-            .map(|(part, b)| {
-                json!({"part": part.name(), "mapped_bytes": b.mapped, "resident_bytes": b.resident, "copied_bytes": b.copied})
-            })
-            .collect();
-        json!({
-            "device": device_name(d.device), "size_bytes": d.size, "weights": weights, "kv_bytes": d.kv,
-            "activation_bytes": d.activations, "scratch_bytes": d.scratch, "sampling_bytes": d.sampling,
-            "host_bytes": d.host, "resident_bytes": d.resident(), "mapped_bytes": d.mapped(),
-            "left_bytes": d.left(), "streamed_bytes": d.streamed(), "shortfall_bytes": d.shortfall(),
-        })
-    };
     let ways: Vec<Value> =
         if p.fits() { vec![] } else { found.ways.iter().map(|w| json!(w.flags())).collect() };
     json!({
@@ -91,7 +93,7 @@ fn as_json(
         "resident_bytes": p.resident_bytes(), "mapped_bytes": p.mapped_bytes(), "kv_bytes": p.kv(),
         "kv_bytes_per_sequence": p.kv() / o.parallel as u64,
         "gpu_layers": p.gpu_layers, "cpu_moe_layers": p.cpu_moe, "estimated_tensors": m.guessed(),
-        "devices": p.devices.iter().map(device).collect::<Vec<_>>(),
+        "devices": p.devices.iter().map(device_json).collect::<Vec<_>>(),
         "changed": changed, "flags_that_fit": ways,
     })
 }

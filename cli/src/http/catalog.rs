@@ -15,7 +15,8 @@ use std::time::SystemTime;
 /// Ollama's version whose interface this is: clients refuse what is older.
 const OLLAMA: &str = "0.12.6";
 
-fn time(t: SystemTime) -> String {
+/// As Ollama writes it.
+pub fn time(t: SystemTime) -> String {
     jiff::Timestamp::try_from(t).unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_string()
 }
 

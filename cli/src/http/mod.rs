@@ -11,8 +11,10 @@ mod manage;
 mod messages;
 mod ollama;
 mod openai;
+mod openapi;
 mod page;
 mod responses;
+mod status;
 mod stream;
 
 use crate::serve::config::Config;
@@ -42,9 +44,11 @@ const HEADER_TIME: Duration = Duration::from_secs(30);
 fn router(app: Arc<App>, loopback: bool) -> Router {
     Router::new()
         .route("/", get(page::root))
+        .route("/openapi.json", get(openapi::document))
         .route("/api/version", get(catalog::version))
         .route("/api/tags", get(catalog::tags))
         .route("/api/ps", get(catalog::ps))
+        .route("/api/status", get(status::status))
         .route("/api/show", post(catalog::show))
         .route("/api/generate", post(ollama::generate))
         .route("/api/chat", post(ollama::chat))

@@ -1,46 +1,52 @@
-//! The page at `/`: one file, embedded. Browsers get it, everyone else what Ollama says.
+//! `GET /`: a page for browsers, and the line that everybody else expects there.
 
-use axum::http::HeaderMap;
-use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, VARY};
+use axum::http::header::{
+    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, VARY,
+};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
+use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest, Sha256};
 use std::sync::LazyLock;
 
+/// The whole page: its style and its script are in it, each once.
 const PAGE: &str = include_str!("page.html");
 
-/// Nothing runs but this script and this style, known by their hashes; nothing is asked of anybody else.
-static POLICY: LazyLock<String> = LazyLock::new(|| {
-    let hash = |tag: &str| BASE64_STANDARD.encode(Sha256::digest(inside(tag)));
-    format!(
-        "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; connect-src 'self'; img-src data:; \
+/// Nothing but this style, this script, and requests to this server.
+static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
+    let hash = |tag: &str| {
+        let inside =
+            PAGE.split_once(&format!("<{tag}>")).and_then(|(_, rest)| rest.split_once(&format!("</{tag}>")));
+        STANDARD.encode(Sha256::digest(inside.map_or("", |(text, _)| text)))
+    };
+    let policy = format!(
+        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; \
          base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        hash("script"),
-        hash("style")
-    )
+        hash("style"),
+        hash("script")
+    );
+    HeaderValue::from_str(&policy).expect("base64 is ASCII")
 });
 
-/// The text of the page's one element of this name.
-fn inside(tag: &str) -> &'static str {
-    let (open, close) = (format!("<{tag}>"), format!("</{tag}>"));
-    let inner = PAGE.split_once(&open).and_then(|(_, rest)| rest.split_once(&close));
-    inner.map_or("", |(inner, _)| inner)
+fn wants_html(headers: &HeaderMap) -> bool {
+    headers.get_all(ACCEPT).iter().filter_map(|v| v.to_str().ok()).any(|v| v.contains("text/html"))
 }
 
-/// `GET /`.
+/// See the module.
 pub async fn root(headers: HeaderMap) -> Response {
-    let accepts = headers.get(ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    if !accepts.contains("text/html") {
-        return "Ollama is running".into_response();
+    if !wants_html(&headers) {
+        return ([(VARY, "accept")], "Ollama is running").into_response();
     }
     let fixed = [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
-        (CONTENT_SECURITY_POLICY, &POLICY),
         (CACHE_CONTROL, "no-cache"),
+        (REFERRER_POLICY, "no-referrer"),
         (VARY, "accept"),
     ];
-    (fixed, PAGE).into_response()
+    let mut response = (fixed, [("x-content-type-options", "nosniff")], PAGE).into_response();
+    response.headers_mut().insert(CONTENT_SECURITY_POLICY, POLICY.clone());
+    response
 }
 
 #[cfg(test)]
@@ -48,11 +54,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_needs_nobody_else() {
-        assert!(inside("script").contains("use strict") && inside("style").contains("color-scheme"));
-        for outside in ["http://", "https://", "src=", "innerHTML", "eval(", "onclick", " style="] {
-            assert!(!PAGE.contains(outside), "{outside}");
+    fn the_page_is_self_contained() {
+        for tag in ["style", "script"] {
+            assert_eq!(PAGE.matches(&format!("<{tag}")).count(), 1, "{tag}");
+            assert_eq!(PAGE.matches(&format!("</{tag}>")).count(), 1, "{tag}");
         }
-        assert!(POLICY.starts_with("default-src 'none'") && !POLICY.contains("unsafe"));
+        // The policy would forbid them: inline styles and handlers, and whatever lies elsewhere.
+        for forbidden in [
+            " style=\"",
+            " onclick=",
+            "http://",
+            "https://",
+            "innerHTML",
+            "<link rel=\"stylesheet",
+            "@import",
+        ] {
+            assert!(!PAGE.contains(forbidden), "{forbidden}");
+        }
+        let policy = POLICY.to_str().expect("ASCII");
+        assert!(!policy.contains("unsafe") && !policy.contains("sha256-'"), "{policy}");
+        // SHA-256 of nothing: a tag was not found.
+        assert!(!policy.contains("47DEQpj8HBSa"), "{policy}");
+    }
+
+    #[test]
+    fn browsers_are_told_apart() {
+        let wants = |accept: &str| {
+            let mut h = HeaderMap::new();
+            h.insert(ACCEPT, accept.parse().expect("a header"));
+            wants_html(&h)
+        };
+        assert!(wants("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"));
+        assert!(!wants("*/*") && !wants("application/json") && !wants_html(&HeaderMap::new()));
     }
 }

@@ -11,7 +11,7 @@ use crate::cmd::plan::refusal;
 use crate::memory::Resident;
 use crate::model::{LoadConfig, Source};
 use crate::store::Resolved;
-use engine::plan::{Access, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
+use engine::plan::{Access, DevicePlan, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
 use engine::text::ChatTemplate;
 use engine::{Context, KvSpec, SessionOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,6 +45,8 @@ pub struct Loaded {
     /// Its plan, in bytes: not mapped, and mapped.
     pub resident: u64,
     pub mapped: u64,
+    /// The same, by what the memory is for.
+    pub plan: DevicePlan,
     grammars: OnceLock<Result<Grammars, FormatError>>,
     usage: Mutex<Usage>,
 }
@@ -247,7 +249,7 @@ impl Models {
             tokio::task::spawn_blocking(move || load.headers()).await
         };
         let headers = headers.map_err(Failure::internal)?.map_err(|e| Failure::Internal(format!("{e:#}")))?;
-        let (options, resident, mapped) = loop {
+        let (options, plan) = loop {
             let changed = self.changed.notified();
             let others = self.list();
             let full = others.len() >= c.max_loaded;
@@ -269,7 +271,7 @@ impl Models {
                 None => changed.await,
             }
         };
-        self.start(model, load, options, resident, mapped).await
+        self.start(model, load, options, plan).await
     }
 
     /// Sizes that fit what memory is left, and the bytes they take. Memory that others were promised counts as taken.
@@ -279,7 +281,7 @@ impl Models {
         load: &LoadConfig,
         wish: &LoadWish,
         others: &[Arc<Loaded>],
-    ) -> Result<(SessionOptions, u64, u64), Failure> {
+    ) -> Result<(SessionOptions, DevicePlan), Failure> {
         let c = &self.config;
         let trained = headers.ctx_train();
         let ctx = match wish.ctx.or(c.ctx) {
@@ -322,7 +324,7 @@ impl Models {
                 &w.plan
             }
         };
-        Ok((options.session, plan.resident_bytes(), plan.mapped_bytes()))
+        Ok((options.session, plan.devices[0].clone()))
     }
 
     /// What the cache keeps. The beginning, where system prompts are, stays; of the rest the latest.
@@ -339,8 +341,7 @@ impl Models {
         model: &Resolved,
         load: LoadConfig,
         session: SessionOptions,
-        resident: u64,
-        mapped: u64,
+        plan: DevicePlan,
     ) -> Result<Loaded, Failure> {
         let c = &self.config;
         let sizes = Sizes { parallel: c.parallel, chunk: c.chunk, queue: c.max_queue };
@@ -371,8 +372,9 @@ impl Models {
             ctx,
             parallel: c.parallel,
             kv,
-            resident,
-            mapped,
+            resident: plan.resident(),
+            mapped: plan.mapped(),
+            plan,
             grammars: OnceLock::new(),
             usage: Mutex::new(Usage { leases: 0, keep: c.keep_alive, idle: Instant::now() }),
         })

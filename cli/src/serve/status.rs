@@ -1,8 +1,9 @@
 //! What a loaded model is doing, as its engine thread last said: for `/slots`, metrics and people.
 
+use engine::SeqId;
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
-#[allow(dead_code, reason = "for /slots")]
 pub struct Status {
     /// Requests that wait for a place.
     pub waiting: usize,
@@ -14,8 +15,9 @@ pub struct Status {
 
 /// One place.
 #[derive(Clone, Debug, Default)]
-#[allow(dead_code, reason = "for /slots")]
 pub struct SlotStatus {
+    /// Its sequence in the cache; the latest request's stays, so that the next can go on from it.
+    pub seq: Option<SeqId>,
     /// The request at work.
     pub job: Option<u64>,
     /// Tokens computed, those no longer seen included.

@@ -134,7 +134,6 @@ impl Worker {
     }
 
     /// What the thread last said of itself.
-    #[allow(dead_code, reason = "for /slots")]
     pub fn status(&self) -> Status {
         lock(&self.shared.status).clone()
     }
@@ -492,6 +491,7 @@ impl<'a> Engine<'a> {
     fn report(&mut self) {
         let cache = self.passes.context().cache();
         let slots = self.scheduler.places().zip(&self.slots).map(|(p, s)| SlotStatus {
+            seq: s.seq,
             job: p.job,
             cached: p.cached,
             prompt_left: p.prompt_left,

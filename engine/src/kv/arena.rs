@@ -317,6 +317,38 @@ impl Arena {
         Ok(len.saturating_sub(sets.min().unwrap_or(window)))
     }
 
+    /// Where the tokens of a sequence still are: it is cut into `parts` stretches of equal length, and of each the share of
+    /// entries is given, 0 to 1 over all layers and heads, that its next query can see. Empty for an empty sequence.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSequence`].
+    pub fn held(&self, id: SeqId, parts: usize) -> Result<Vec<f32>, EngineError> {
+        let s = self.get(id)?;
+        let len = s.tokens.len();
+        let parts = parts.min(len);
+        // Weighted by layers; heads count as parts of a layer.
+        let mut sums = vec![0.0; parts];
+        for (h, g) in s.held.iter().zip(&self.groups) {
+            let layers = g.layers.len() as f32;
+            match (h, &g.kind) {
+                (Held::Ring(_), Kind::Ring(reach)) => {
+                    reach.kept(len).for_each(|i| sums[i * parts / len] += layers);
+                }
+                (Held::Set(set), _) => {
+                    let share = layers / set.positions.len() as f32;
+                    let entries = set.positions.iter().flatten().map(|&p| p as usize).filter(|&p| p < len);
+                    entries.for_each(|p| sums[p * parts / len] += share);
+                }
+                _ => {}
+            }
+        }
+        let layers = self.groups.iter().map(|g| g.layers.len()).sum::<usize>() as f32;
+        // Index i lies in stretch floor(i * parts / len).
+        let begin = |part: usize| (part * len).div_ceil(parts);
+        let all = |part: usize| (begin(part + 1) - begin(part)) as f32 * layers;
+        Ok(sums.iter().enumerate().map(|(part, sum)| sum / all(part)).collect())
+    }
+
     /// Forgets all but the first `len` tokens; where entries are gone that the next query would need, all but fewer. Returns
     /// how many are left. A policy that has evicted or recorded anything since then leaves none: what it keeps depends on
     /// what came after.
