@@ -112,6 +112,22 @@ impl Naive {
         self.evicted_at = self.ids.len();
     }
 
+    /// Of every stretch of the tokens, how much the next query sees over layers and heads.
+    fn held(&self, plan: &KvPlan, parts: usize) -> Vec<f32> {
+        let (len, mut next) = (self.ids.len(), self.clone());
+        next.ids.push(u32::MAX);
+        let parts = parts.min(len);
+        let (mut seen, mut all) = (vec![0.0; parts], vec![0.0; parts]);
+        for (l, h) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let ids = next.sees(plan, l, h, len).0;
+            for (i, id) in self.ids.iter().enumerate() {
+                all[i * parts / len] += 1.0;
+                seen[i * parts / len] += f32::from(u8::from(ids.contains(id)));
+            }
+        }
+        seen.iter().zip(&all).map(|(s, a)| s / a).collect()
+    }
+
     /// The ids that a query at index `t` sees in layer `l`, head `h`, and how many of them are sinks.
     fn sees(&self, plan: &KvPlan, l: usize, h: usize, t: usize) -> (Vec<u32>, usize) {
         let window = |sinks: usize, w: usize| {
@@ -339,6 +355,10 @@ proptest! {
         }
         for (id, naive) in std::mem::take(&mut w.seqs) {
             prop_assert_eq!(w.arena.tokens(id).unwrap(), &naive.ids[..]);
+            for parts in [7, naive.ids.len()] {
+                let (got, want) = (w.arena.held(id, parts).unwrap(), naive.held(&w.plan, parts));
+                prop_assert!(got.len() == want.len() && got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-5));
+            }
             w.arena.free(id).unwrap();
         }
         prop_assert_eq!(w.arena.entries().0, 0);
