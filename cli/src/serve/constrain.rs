@@ -359,6 +359,49 @@ mod tests {
         }
     }
 
+    /// Writes `text` in whatever tokens the constraint lets through; whether that was possible.
+    fn writes(vocab: &Vocab, c: &mut dyn Constraint, text: &str) -> bool {
+        let mut rest = text.as_bytes();
+        while !rest.is_empty() {
+            let mut logits = vec![0.0; vocab.len()];
+            c.mask(&mut logits).unwrap();
+            let fits = |id: &u32| {
+                let bytes = vocab.bytes(*id).unwrap_or_default();
+                logits[*id as usize] == 0.0
+                    && !bytes.is_empty()
+                    && rest.starts_with(&bytes)
+                    && !vocab.is_control(*id)
+            };
+            let longest = |id: &u32| vocab.bytes(*id).map_or(0, |b| b.len());
+            let Some(id) = (0..vocab.len() as u32).filter(fits).max_by_key(longest) else { return false };
+            rest = &rest[longest(&id)..];
+            c.accept(id).unwrap();
+        }
+        c.is_done()
+    }
+
+    #[test]
+    fn every_kind_of_vocabulary_serves() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/vocab");
+        if !folder.is_dir() {
+            println!("skipped: ../shared is not here");
+            return;
+        }
+        for name in ["deepseek-llm", "gpt-2", "llama-bpe", "llama-spm", "qwen2"] {
+            let path = folder.join(format!("ggml-vocab-{name}.gguf"));
+            let file = File::open(&path, engine::gguf::OpenMode::Mmap).unwrap();
+            let vocab = Vocab::from_metadata(file.metadata()).unwrap();
+            let g = Grammars::new(&vocab).unwrap();
+            let mut c = g.constraint(&Format::Json, Begin::Now).unwrap();
+            assert!(
+                writes(&vocab, &mut *c, "{\"a b\": [1.5e3, \"\u{436}\u{1F600}\"], \"c\": null}"),
+                "{name}"
+            );
+            let mut c = g.constraint(&Format::Json, Begin::Now).unwrap();
+            assert!(!writes(&vocab, &mut *c, "{\"a\": 1,}"), "{name}");
+        }
+    }
+
     #[test]
     fn formats_that_cannot_be_are_refused() {
         let g = Grammars::new(&demo()).unwrap();
