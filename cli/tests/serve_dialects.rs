@@ -107,6 +107,8 @@ fn models_are_made_over_http() {
     assert!(names.contains("other:latest") && names.contains("me/tiny:latest"), "{names}");
     assert_eq!(s.ask("DELETE", "/api/delete", br#"{"model": "other"}"#).0, 200);
     assert_eq!(s.ask("DELETE", "/api/delete", br#"{"model": "other"}"#).0, 404);
+    let (status, text) = s.refused("/api/pull", json!({"model": "llama3"}));
+    assert!(status == 400 && text.contains("rsinfer create"), "{text}");
     for (body, status, words) in [
         (json!({"model": "x", "from": "nosuch"}), 404, "nosuch"),
         (json!({"model": "x", "from": "/etc/passwd"}), 400, "no model name"),
@@ -312,6 +314,23 @@ fn openai_responses() {
     let (status, text) =
         s.refused("/v1/responses", json!({"model": "demo", "input": "x", "previous_response_id": "resp_1"}));
     assert!(status == 400 && text.contains("previous_response_id"), "{text}");
+}
+
+#[test]
+fn the_openapi_document_names_routes_that_are_there() {
+    let s = start();
+    let doc: Value = serde_json::from_str(&s.ask("GET", "/openapi.json", b"").1).unwrap();
+    let paths = doc["paths"].as_object().unwrap();
+    assert!(paths.len() > 20);
+    for (path, methods) in paths {
+        for method in methods.as_object().unwrap().keys() {
+            let (status, text) = s.ask(&method.to_uppercase(), path, b"{}");
+            assert!(
+                status != 405 && status < 500 && !text.contains("page not found"),
+                "{method} {path}: {status} {text}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -110,6 +110,14 @@ pub async fn create(State(app): State<Arc<App>>, mut f: Fields) -> Result<Respon
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], lines).into_response())
 }
 
+/// `POST /api/pull` and `/api/push`: refused, with the way out.
+pub async fn registry() -> Failure {
+    Failure::invalid(
+        "rsinfer fetches and sends no models: give a GGUF file a name with /api/create or `rsinfer create`, or pull it with \
+         Ollama, whose store is read",
+    )
+}
+
 /// `POST /api/copy`.
 pub async fn copy(State(app): State<Arc<App>>, mut f: Fields) -> Result<StatusCode, Failure> {
     let mut need =

@@ -56,6 +56,8 @@ fn router(app: Arc<App>, loopback: bool) -> Router {
         .route("/api/embeddings", post(embed::embeddings))
         .route("/api/create", post(manage::create))
         .route("/api/copy", post(manage::copy))
+        .route("/api/pull", post(manage::registry))
+        .route("/api/push", post(manage::registry))
         .route("/api/delete", delete(manage::delete))
         .route("/api/blobs/{digest}", head(manage::has_blob).post(manage::put_blob))
         .route("/v1/responses", post(responses::create))
