@@ -359,6 +359,8 @@ fn llama_servers_routes() {
     assert_eq!(props["total_slots"], 2, "{props}");
     let slots: Value = serde_json::from_str(&s.ask("GET", "/slots", b"").1).unwrap();
     assert_eq!(slots.as_array().unwrap().len(), 2, "{slots}");
-    let (status, text) = s.refused("/completion", json!({"prompt": "x", "mirostat": 2}));
+    let (status, text) = s.refused("/completion", json!({"prompt": "x", "num_ctx": 900_000_000}));
+    assert!(status == 400 && text.contains("num_ctx") && text.contains("does not fit"), "{text}");
+    let (status, text) = s.refused("/completion", json!({"model": "demo", "prompt": "x", "mirostat": 2}));
     assert!(status == 400 && text.contains("mirostat"), "{text}");
 }

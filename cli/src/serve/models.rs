@@ -315,7 +315,12 @@ impl Models {
         let way = found.ways.first().filter(|_| wish.ctx.is_none() && others.is_empty());
         let plan = match way {
             _ if found.plan.fits() => &found.plan,
-            None => return Err(Failure::Internal(format!("{}: {}", headers.name(), refusal(&found)))),
+            None => {
+                let why = format!("{}: {}", headers.name(), refusal(&found));
+                // A context that a request asks for is the request's to change.
+                let asked = wish.ctx.is_some();
+                return Err(if asked { Failure::field("num_ctx", why) } else { Failure::Internal(why) });
+            }
             Some(w) => {
                 tracing::warn!("to fit the memory: {}", w.flags());
                 options = w.options.clone();
