@@ -366,11 +366,9 @@ mod tests {
             let mut logits = vec![0.0; vocab.len()];
             c.mask(&mut logits).unwrap();
             let fits = |id: &u32| {
-                let bytes = vocab.bytes(*id).unwrap_or_default();
                 logits[*id as usize] == 0.0
-                    && !bytes.is_empty()
-                    && rest.starts_with(&bytes)
                     && !vocab.is_control(*id)
+                    && vocab.bytes(*id).is_some_and(|b| !b.is_empty() && rest.starts_with(&b))
             };
             let longest = |id: &u32| vocab.bytes(*id).map_or(0, |b| b.len());
             let Some(id) = (0..vocab.len() as u32).filter(fits).max_by_key(longest) else { return false };
