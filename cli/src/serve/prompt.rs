@@ -306,7 +306,7 @@ pub fn render(
         None => {}
     }
     let messages = Value::Array(crate::chat::guard(vocab, messages));
-    let tools = (!ask.tools.is_empty()).then(|| Value::Array(ask.tools.clone()));
+    let tools = (!ask.tools.is_empty()).then(|| Value::Array(crate::chat::guard(vocab, &ask.tools)));
     let text = crate::chat::render(template, &messages, tools.as_ref(), true, &kwargs)
         .map_err(|e| Failure::invalid(format!("{e:#}")))?;
     let think = tags.map(|tags| Think { tags, opened: tags.opened_by(&text) });
