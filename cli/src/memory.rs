@@ -30,9 +30,29 @@ impl Resident {
     }
 }
 
+/// Page faults of the process so far: minor, and major ones, which read from disk.
+pub fn page_faults() -> Option<(u64, u64)> {
+    faults(&std::fs::read_to_string("/proc/self/stat").ok()?)
+}
+
+/// `minflt` and `majflt` of /proc/PID/stat; the program's name before them may hold anything.
+fn faults(stat: &str) -> Option<(u64, u64)> {
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(7);
+    let minor = fields.next()?.parse().ok()?;
+    Some((minor, fields.nth(1)?.parse().ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn page_faults_are_read() {
+        let stat = "12 (a ) b) S 1 12 12 0 -1 4194304 345 0 67 0 1 2 3";
+        assert_eq!(faults(stat), Some((345, 67)));
+        assert_eq!(faults("12 (a) S 1"), None);
+        assert_eq!(page_faults().is_some(), cfg!(target_os = "linux"));
+    }
 
     #[test]
     fn fields_are_read() {

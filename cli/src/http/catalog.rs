@@ -2,6 +2,7 @@
 
 use super::fields::Fields;
 use crate::serve::failure::Failure;
+use crate::serve::models::Loaded;
 use crate::serve::prompt::App;
 use crate::store::{Details, Resolved};
 use axum::Json;
@@ -39,6 +40,10 @@ pub async fn health() -> Json<Value> {
 
 /// `GET /metrics`.
 pub async fn metrics(State(app): State<Arc<App>>) -> String {
+    let loaded = app.models.list();
+    let sum = |f: fn(&Loaded) -> u64| loaded.iter().map(|l| f(l)).sum::<u64>() as f64;
+    metrics::gauge!("rsinfer_memory_planned_bytes", "kind" => "resident").set(sum(|l| l.resident));
+    metrics::gauge!("rsinfer_memory_planned_bytes", "kind" => "mapped").set(sum(|l| l.mapped));
     app.metrics.render()
 }
 
@@ -71,7 +76,7 @@ pub async fn ps(State(app): State<Arc<App>>) -> Json<Value> {
     // Longest remaining first; for ever is longest.
     all.sort_by_key(|(e, _)| std::cmp::Reverse(e.map_or((1, SystemTime::UNIX_EPOCH), |t| (0, t))));
     let ever = "2318-01-01T00:00:00Z";
-    let entry = |(expires, l): &(Option<SystemTime>, Arc<crate::serve::models::Loaded>)| {
+    let entry = |(expires, l): &(Option<SystemTime>, Arc<Loaded>)| {
         let details = facts(&l.resolved).map(|f| f.0).unwrap_or_default();
         json!({"name": l.resolved.name, "model": l.resolved.name, "size": l.resident + l.mapped,
             "digest": l.resolved.digest, "details": details, "size_vram": 0, "context_length": l.ctx,

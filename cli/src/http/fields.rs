@@ -114,6 +114,11 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = Failure;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
+        // Said before it is sent, it need not be waited for.
+        let length = request.headers().get(axum::http::header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
+        if length.and_then(|l| l.parse::<u64>().ok()).is_some_and(|n| n > super::BODY_LIMIT as u64) {
+            return Err(Failure::TooLarge(super::BODY_LIMIT));
+        }
         let body = tokio::time::timeout(BODY_TIME, Bytes::from_request(request, state)).await;
         let body = body.map_err(|_| Failure::invalid("the request body did not arrive in time"))?;
         Self::parse(&body.map_err(|e| match e.status().as_u16() {

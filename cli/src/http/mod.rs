@@ -27,6 +27,7 @@ use anyhow::{Context, Result};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::IntoResponse;
 use axum::routing::{delete, get, head, post};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -34,6 +35,7 @@ use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tower_http::catch_panic::CatchPanicLayer;
 
 /// Bytes of a request's body.
 pub const BODY_LIMIT: usize = 64 << 20;
@@ -79,6 +81,7 @@ fn router(app: Arc<App>, loopback: bool) -> Router {
         .route("/metrics", get(catalog::metrics))
         .method_not_allowed_fallback(async || Failure::Method)
         .fallback(async || Failure::NotFound("404 page not found".into()))
+        .layer(CatchPanicLayer::custom(|_| Failure::internal("the request failed").into_response()))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(gate::cors(&app))
         .layer(from_fn_with_state((app.clone(), loopback), gate::gate))
@@ -95,7 +98,7 @@ pub async fn serve(config: Config) -> Result<()> {
     let listener =
         TcpListener::bind(&config.host).await.with_context(|| format!("cannot listen on {}", config.host))?;
     let at = listener.local_addr()?;
-    let preload = config.models.first().map(|p| p.display().to_string());
+    let preload = config.models.first().and_then(|p| Some(p.file_stem()?.to_str()?.to_owned()));
     let app = Arc::new(App {
         store: Store::from_env().with_files(config.models.clone()),
         models: Models::new(Arc::new(config.clone())),

@@ -1,5 +1,6 @@
 //! Prometheus metrics of the process. Knows nothing of who records them.
 
+use crate::memory::{Resident, page_faults};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// See the module.
@@ -26,9 +27,32 @@ impl Metrics {
         Ok(Self(handle))
     }
 
-    /// The text that Prometheus reads.
+    /// The text that Prometheus reads; llama-server's names for what it has too.
     pub fn render(&self) -> String {
+        if let Some(r) = Resident::now() {
+            metrics::gauge!("rsinfer_memory_bytes", "kind" => "anonymous").set(r.anon as f64);
+            metrics::gauge!("rsinfer_memory_bytes", "kind" => "file").set(r.file as f64);
+        }
+        if let Some((minor, major)) = page_faults() {
+            metrics::counter!("rsinfer_page_faults_total", "kind" => "minor").absolute(minor);
+            metrics::counter!("rsinfer_page_faults_total", "kind" => "major").absolute(major);
+        }
         self.0.run_upkeep();
-        self.0.render()
+        let mut text = self.0.render();
+        for (theirs, kind, ours) in LLAMA {
+            let value = text.lines().find_map(|l| l.strip_prefix(ours)?.strip_prefix(' ')).unwrap_or("0");
+            text += &format!("# TYPE llamacpp:{theirs} {kind}\nllamacpp:{theirs} {value}\n\n");
+        }
+        text
     }
 }
+
+/// llama-server's metrics: name, type, ours.
+const LLAMA: [(&str, &str, &str); 6] = [
+    ("prompt_tokens_total", "counter", "rsinfer_prompt_tokens_total"),
+    ("tokens_predicted_total", "counter", "rsinfer_tokens_generated_total"),
+    ("tokens_predicted_seconds_total", "counter", "rsinfer_inter_token_seconds_sum"),
+    ("n_decode_total", "counter", "rsinfer_pass_seconds_count"),
+    ("requests_processing", "gauge", "rsinfer_requests_running"),
+    ("requests_deferred", "gauge", "rsinfer_requests_waiting"),
+];

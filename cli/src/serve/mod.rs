@@ -17,3 +17,5 @@ mod running;
 pub mod status;
 pub mod tools;
 pub mod worker;
+#[cfg(test)]
+mod worker_tests;

@@ -11,7 +11,7 @@ use crate::cmd::plan::refusal;
 use crate::memory::Resident;
 use crate::model::{LoadConfig, Source};
 use crate::store::Resolved;
-use engine::plan::{Access, DevicePlan, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
+use engine::plan::{Access, DevicePlan, Machine, PlanModel, PlanOptions, Rules, Way, available_memory, fit};
 use engine::text::ChatTemplate;
 use engine::{Context, KvSpec, SessionOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -175,12 +175,12 @@ impl Models {
         let loaded = all.iter().find(|l| l.serves(source, wish))?.clone();
         let mut u = loaded.usage();
         u.leases += 1;
-        u.keep = keep.unwrap_or(self.config.keep_alive);
+        u.keep = keep.unwrap_or(u.keep);
         drop(u);
         Some(Lease { loaded, load_time: Duration::ZERO, reloaded: false, models: self.clone() })
     }
 
-    /// A model to use, loaded if it is not. It stays for `keep` after its last use.
+    /// A model to use, loaded if it is not. It stays for `keep` after its last use; `None`: for what was said before.
     ///
     /// # Errors
     /// What cannot be loaded, or [`Failure::Busy`].
@@ -204,6 +204,9 @@ impl Models {
             return Ok(l);
         }
         let start = Instant::now();
+        let planned = self.headers(model, wish).await?;
+        // What cannot be must cost nobody a loaded model.
+        self.plan(&planned.0, &planned.1, wish, &[])?;
         // One that does not serve goes when the requests it works on are done; new ones wait for the next.
         let old = {
             let mut all = self.lock();
@@ -224,7 +227,7 @@ impl Models {
             }
             release(old).await;
         }
-        let loaded = Arc::new(self.load(model, &wish).await?);
+        let loaded = Arc::new(self.load(model, planned, &wish).await?);
         let load_time = start.elapsed();
         loaded.usage().keep = keep.unwrap_or(self.config.keep_alive);
         loaded.usage().leases = 1;
@@ -236,19 +239,25 @@ impl Models {
         Ok(Lease { loaded, load_time, reloaded, models: self.clone() })
     }
 
-    /// Plans, makes room, loads.
-    async fn load(&self, model: &Resolved, wish: &LoadWish) -> Result<Loaded, Failure> {
-        let c = &self.config;
+    /// A model's headers, and how to load it.
+    async fn headers(&self, model: &Resolved, wish: &LoadWish) -> Result<(PlanModel, LoadConfig), Failure> {
         let load = LoadConfig {
             source: model.source.clone(),
-            mmap: wish.mmap.unwrap_or(c.mmap),
-            threads: wish.threads.unwrap_or(c.threads).min(1024),
+            mmap: wish.mmap.unwrap_or(self.config.mmap),
+            threads: wish.threads.unwrap_or(self.config.threads).min(1024),
         };
-        let headers = {
-            let load = load.clone();
-            tokio::task::spawn_blocking(move || load.headers()).await
-        };
-        let headers = headers.map_err(Failure::internal)?.map_err(|e| Failure::Internal(format!("{e:#}")))?;
+        let read = tokio::task::spawn_blocking(move || load.headers().map(|h| (h, load)));
+        read.await.map_err(Failure::internal)?.map_err(|e| Failure::Internal(format!("{e:#}")))
+    }
+
+    /// Makes room by plan, and loads.
+    async fn load(
+        &self,
+        model: &Resolved,
+        (headers, load): (PlanModel, LoadConfig),
+        wish: &LoadWish,
+    ) -> Result<Loaded, Failure> {
+        let c = &self.config;
         let (options, plan) = loop {
             let changed = self.changed.notified();
             let others = self.list();
@@ -306,13 +315,15 @@ impl Models {
         };
         options.session.kv = self.keep(wish, ctx);
         let own = Resident::now().map_or(0, |r| r.anon);
-        let promised: u64 = others.iter().map(|l| l.resident).sum();
-        let memory =
-            available_memory().map_or(u64::MAX, |m| m.saturating_add(own).saturating_sub(promised.max(own)));
+        let promised = |all: &[Arc<Loaded>]| all.iter().map(|l| l.resident).sum::<u64>();
+        let held = own.min(promised(&self.list()));
+        let memory = available_memory().map_or(u64::MAX, |m| (m + held).saturating_sub(promised(others)));
         let machine = Machine { memory, gpus: Vec::new() };
         let invalid = |e: engine::EngineError| Failure::invalid(e.to_string());
         let found = fit(headers, &options, &machine, &Rules::default()).map_err(invalid)?;
-        let way = found.ways.first().filter(|_| wish.ctx.is_none() && others.is_empty());
+        // Smaller sizes, where none was asked for.
+        let same = |w: &&Way| w.options.parallel == options.parallel && w.options.access == options.access;
+        let way = found.ways.iter().find(same).filter(|_| wish.ctx.is_none() && others.is_empty());
         let plan = match way {
             _ if found.plan.fits() => &found.plan,
             None => {
@@ -325,7 +336,6 @@ impl Models {
                 tracing::warn!("to fit the memory: {}", w.flags());
                 options = w.options.clone();
                 options.session.kv = self.keep(wish, options.session.ctx);
-                options.parallel = c.parallel;
                 &w.plan
             }
         };

@@ -1,6 +1,8 @@
 //! Shared by the command-line tests: running the binary, small files to run it on.
 #![allow(dead_code)]
 
+pub mod server;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
