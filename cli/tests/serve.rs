@@ -351,7 +351,7 @@ fn models_stay_grow_and_go_as_they_are_asked_to() {
     // What cannot be costs nobody a model.
     let huge = json!({"model": "demo", "messages": user("Hi"), "options": {"num_ctx": 2_000_000_000}});
     let r = s.post("/api/chat", huge);
-    assert!(r.status == 500 && r.body.contains("does not fit"), "{}", r.body);
+    assert!(r.status == 400 && r.body.contains("does not fit"), "{}", r.body);
     assert_eq!(names().len(), 2);
     // Loading and unloading without a word.
     assert_eq!(ask("demo", json!({"messages": []}))["done_reason"], "load");
