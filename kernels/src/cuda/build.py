@@ -29,7 +29,8 @@ QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]
     + [(f"matvec_{f.lower()}", "float.cu", f, 75) for f in ["F32", "F16", "BF16"]]
-    + [(name, f"{name}.cu", None, 75) for name in ["round", "rows"]]
+    + [(f"attention_{f.lower()}", "attention.cu", f, 75) for f in ["F32", "F16", "BF16", "Q8_0", "Q4_0"]]
+    + [(name, f"{name}.cu", None, 75) for name in ["round", "router", "rows"]]
 )
 
 

@@ -23,7 +23,8 @@ macro_rules! modules {
 modules! {
     matvec_q4_0 matvec_q4_1 matvec_q5_0 matvec_q5_1 matvec_q8_0 matvec_q2_k matvec_q3_k matvec_q4_k matvec_q5_k matvec_q6_k
     matvec_q8_k matvec_iq4_nl matvec_iq4_xs matvec_mxfp4 matvec_f32 matvec_f16 matvec_bf16
-    round rows
+    attention_f32 attention_f16 attention_bf16 attention_q8_0 attention_q4_0
+    round router rows
 }
 
 /// The module of this name.

@@ -1,11 +1,13 @@
 //! Every committed PTX kernel, run by the PTX interpreter, against its scalar twin on the CPU: same bits where the twin's order of
 //! summation is the kernel's too.
 
+mod attention;
 mod matvec;
+mod router;
 mod rows;
 
 use kernels::cuda::modules::Ptx;
-use ptx::{Machine, Module, Param};
+use ptx::{Machine, Module, Param, PtxError};
 
 /// A device and one module on it.
 pub(crate) struct Gpu {
@@ -15,8 +17,11 @@ pub(crate) struct Gpu {
 
 impl Gpu {
     pub(crate) fn new(ptx: &Ptx) -> Self {
-        let module = Module::parse(ptx.text).unwrap_or_else(|e| panic!("{}: {e}", ptx.name));
-        Self { machine: Machine::new(), module }
+        Self::of_text(ptx.text).unwrap_or_else(|e| panic!("{}: {e}", ptx.name))
+    }
+
+    pub(crate) fn of_text(text: &str) -> Result<Self, PtxError> {
+        Ok(Self { machine: Machine::new(), module: Module::parse(text)? })
     }
 
     /// A new allocation that holds these bytes and not one more.
@@ -40,14 +45,41 @@ impl Gpu {
     }
 
     pub(crate) fn read(&self, p: u64, floats: usize) -> Vec<f32> {
-        let bytes = self.machine.read(p, 4 * floats).unwrap();
-        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        self.try_read(p, floats).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub(crate) fn try_read(&self, p: u64, floats: usize) -> Result<Vec<f32>, PtxError> {
+        let bytes = self.machine.read(p, 4 * floats)?;
+        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
     }
 
     pub(crate) fn run(&mut self, kernel: &str, grid: [usize; 2], threads: u32, params: &[Param]) {
+        self.run_shared(kernel, [grid[0], grid[1], 1], threads, 0, params);
+    }
+
+    /// The same with `shared` floats of shared memory.
+    pub(crate) fn run_shared(
+        &mut self,
+        kernel: &str,
+        grid: [usize; 3],
+        threads: u32,
+        shared: usize,
+        params: &[Param],
+    ) {
+        self.try_run(kernel, grid, threads, shared, params).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    pub(crate) fn try_run(
+        &mut self,
+        kernel: &str,
+        grid: [usize; 3],
+        threads: u32,
+        shared: usize,
+        params: &[Param],
+    ) -> Result<(), PtxError> {
         let k = self.module.kernel(kernel).unwrap_or_else(|| panic!("no kernel {kernel}"));
-        let grid = [grid[0] as u32, grid[1] as u32, 1];
-        self.machine.launch(k, grid, [threads, 1, 1], 0, params).unwrap_or_else(|e| panic!("{e}"));
+        self.machine.set_limit(3_000_000);
+        self.machine.launch(k, grid.map(|n| n as u32), [threads, 1, 1], 4 * shared, params).map(|_| ())
     }
 }
 

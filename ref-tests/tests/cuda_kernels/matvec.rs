@@ -9,7 +9,7 @@ use kernels::cuda::layout::{blocks, pack_row, row_bytes};
 use kernels::cuda::modules::{module, of_format};
 use kernels::testing::{Fill, Rng, assert_bits, lengths, weights};
 use kernels::{HostBytes, Vector, View, ViewMut, Weight, Write};
-use ptx::Param;
+use ptx::{Param, PtxError};
 use quant::{DType, FORMATS};
 
 fn scalar() -> Isa {
@@ -69,57 +69,111 @@ fn input(gpu: &mut Gpu, dtype: DType, cols: usize, x: &[f32]) -> (Quantized, u64
     (q, at, cols.div_ceil(256))
 }
 
-fn check(c: &Case, seed: u64) {
+/// Host weights, activations, bias and what `out` held before.
+fn operands(c: &Case, seed: u64) -> (Vec<u8>, Vec<f32>, Vec<f32>, Vec<f32>) {
     let mut rng = Rng(seed);
     let host = weights(c.dtype, c.rows, c.cols, c.fill, &mut rng);
     let x = rng.activations(c.columns * c.cols);
-    let bias: Vec<f32> = (0..c.rows).map(|_| rng.unit()).collect();
-    let before: Vec<f32> = (0..c.columns * c.rows).map(|_| rng.unit()).collect();
+    let bias = (0..c.rows).map(|_| rng.unit()).collect();
+    let before = (0..c.columns * c.rows).map(|_| rng.unit()).collect();
+    (host, x, bias, before)
+}
 
-    let mut gpu = Gpu::new(of_format(c.dtype));
-    let (q, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);
+/// What the kernels of `text` make of a case.
+fn device(text: &str, c: &Case, seed: u64) -> Result<Vec<f32>, PtxError> {
+    let (host, x, bias, before) = operands(c, seed);
+    let mut gpu = Gpu::of_text(text)?;
+    let (_, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);
     let w = gpu.bytes(&packed(c.dtype, c.cols, &host));
     let db = if c.bias { gpu.floats(&bias) } else { 0 };
     let out = if c.add { gpu.floats(&before) } else { gpu.room(c.columns * c.rows) };
     let row = row_bytes(c.dtype, c.cols);
     let entry = [1, 2, 4, 8].into_iter().find(|k| *k >= c.columns).unwrap();
-    gpu.run(
-        &format!("matvec_{entry}"),
-        [c.rows.div_ceil(4), 1],
-        128,
-        &[
-            p(w),
-            p(row as u64),
-            p((row * c.rows) as u64),
-            n(c.rows),
-            n(blocks(c.dtype, c.cols)),
-            p(dx),
-            n(stride),
-            n(c.columns),
-            p(0),
-            n(1),
-            p(db),
-            p(out),
-            n(c.rows),
-            n(usize::from(c.add)),
-        ],
-    );
+    let params = [
+        p(w),
+        p(row as u64),
+        p((row * c.rows) as u64),
+        n(c.rows),
+        n(blocks(c.dtype, c.cols)),
+        p(dx),
+        n(stride),
+        n(c.columns),
+        p(0),
+        n(1),
+        p(db),
+        p(out),
+        n(c.rows),
+        n(usize::from(c.add)),
+    ];
+    gpu.try_run(&format!("matvec_{entry}"), [c.rows.div_ceil(4), 1, 1], 128, 0, &params)?;
+    gpu.try_read(out, c.columns * c.rows)
+}
 
+/// What the scalar kernel makes of it.
+fn twin(c: &Case, seed: u64) -> Vec<f32> {
+    let (host, x, bias, mut out) = operands(c, seed);
     let weight = Weight::host(c.dtype, 1, c.rows, c.cols, HostBytes::from_vec(host)).unwrap();
-    let mut want = before;
-    multiply_with(
-        scalar(),
-        &Pool::new(1),
-        &weight,
-        0,
-        Input { float: View::from_host(&x, c.cols), quantized: rounds(c.dtype).then_some(&q) },
-        c.bias.then(|| Vector::new(bias)).as_ref(),
-        ViewMut::from_host(&mut want, c.rows),
-        if c.add { Write::Add } else { Write::Set },
-    );
-    assert_bits(&gpu.read(out, c.columns * c.rows), &want, || {
+    let (pool, float) = (Pool::new(1), View::from_host(&x, c.cols));
+    let mut q = Quantized::new();
+    q.set_with(scalar(), &pool, float);
+    let input = Input { float, quantized: rounds(c.dtype).then_some(&q) };
+    let bias = c.bias.then(|| Vector::new(bias));
+    let write = if c.add { Write::Add } else { Write::Set };
+    let to = ViewMut::from_host(&mut out, c.rows);
+    multiply_with(scalar(), &pool, &weight, 0, input, bias.as_ref(), to, write);
+    out
+}
+
+fn check(c: &Case, seed: u64) {
+    let got = device(of_format(c.dtype).text, c, seed).unwrap_or_else(|e| panic!("{e}"));
+    assert_bits(&got, &twin(c, seed), || {
         format!("{} [{}, {}] x {}, {:?}", c.dtype, c.rows, c.cols, c.columns, c.fill)
     });
+}
+
+/// One changed instruction is noticed: a test of the tests. The few mutants that change nothing (masks of what is masked already,
+/// bounds that no case reaches) are why not all are.
+#[test]
+fn mutants_are_caught() {
+    let changes = [
+        ("add.rn.f32", "sub.rn.f32"),
+        ("mul.rn.f32", "add.rn.f32"),
+        ("dp4a.s32.s32", "dp4a.s32.u32"),
+        ("shfl.sync.idx", "shfl.sync.down"),
+        ("and.b32", "or.b32"),
+        ("shr.u32", "shl.b32"),
+        ("add.s32", "sub.s32"),
+        ("add.s64", "sub.s64"),
+        ("setp.lt.u32", "setp.ge.u32"),
+        ("setp.ge.u32", "setp.gt.u32"),
+    ];
+    for dtype in [DType::Q4_K, DType::Q6_K, DType::Q5_0, DType::F16] {
+        let text = of_format(dtype).text;
+        let start = text.find("entry matvec_1(").unwrap();
+        let end = start + text[start..].find("entry matvec_2(").unwrap();
+        let case =
+            |rows, cols, bias, add| Case { dtype, rows, cols, columns: 1, fill: Fill::Random, bias, add };
+        let cases = [case(5, 1280, true, false), case(4, 768, false, true), case(3, 256, false, false)];
+        let want = cases.each_ref().map(|c| twin(c, 5));
+        let (mut mutants, mut survivors) = (0, Vec::new());
+        for (from, to) in changes {
+            for (at, _) in text[start..end].match_indices(from) {
+                let at = start + at;
+                let mutant = format!("{}{to}{}", &text[..at], &text[at + from.len()..]);
+                let same = |(c, want): (&Case, &Vec<f32>)| {
+                    device(&mutant, c, 5)
+                        .is_ok_and(|got| got.iter().zip(want).all(|(g, w)| g.to_bits() == w.to_bits()))
+                };
+                mutants += 1;
+                if cases.iter().zip(&want).all(same) {
+                    let line = text[..at].matches('\n').count() + 1;
+                    survivors.push(format!("line {line}: {from} -> {to}"));
+                }
+            }
+        }
+        println!("{dtype}: {} of {mutants} mutants survive: {survivors:?}", survivors.len());
+        assert!(mutants > 20 && 10 * survivors.len() <= mutants, "{dtype}: {mutants}, {survivors:?}");
+    }
 }
 
 /// Every format at every boundary length; every number of columns; random and extreme bytes; bias and adding.

@@ -1,0 +1,114 @@
+// The router of a mixture of experts: kernels/src/cpu/router.rs, to the bit.
+#include "common.cuh"
+
+// logits[row][expert] in 64 running sums and the CPU's order. The grid: (experts, rows), 64 threads.
+extern "C" __global__ void __launch_bounds__(64) router_logits(const float* w, const float* x, u32 x_stride, u32 d, float* logits) {
+    __shared__ float lanes[64];
+    const u32 t = threadIdx.x, whole = d / 16 * 16;
+    w += (u64)blockIdx.x * d;
+    x += (u64)blockIdx.y * x_stride;
+    float acc = 0.0f;
+    for (u32 i = t; i < whole; i += 64) acc = fmaf(w[i], x[i], acc);
+    lanes[t] = acc;
+    __syncthreads();
+    if (t >= WARP) return;
+    const u32 l = t % 16;
+    float sum = sum_lanes<16>((lanes[l] + lanes[16 + l]) + (lanes[32 + l] + lanes[48 + l]));
+    if (t == 0) {
+        for (u32 i = whole; i < d; i++) sum += w[i] * x[i];
+        logits[(u64)blockIdx.y * gridDim.x + blockIdx.x] = sum;
+    }
+}
+
+// A float's place among all floats: NaN above infinity, -0 below +0.
+__device__ __forceinline__ int place(float x) {
+    const int b = __float_as_int(x);
+    return b ^ (int)((u32)(b >> 31) >> 1);
+}
+
+// Index of the largest of v[0..n] below `last` in (value, then lower index first) order; a warp asks for one after another.
+struct Best {
+    int value;
+    u32 index;
+};
+
+__device__ __forceinline__ bool before(Best a, Best b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
+
+__device__ __forceinline__ Best next_best(const float* v, u32 n, bool any, Best last) {
+    Best best = {(int)0x80000000, ALL};
+    for (u32 i = threadIdx.x % WARP; i < n; i += WARP) {
+        const Best here = {place(v[i]), i};
+        if ((!any || before(last, here)) && (best.index == ALL || before(here, best))) best = here;
+    }
+#pragma unroll
+    for (int half = 16; half > 0; half /= 2) {
+        const Best other = {__shfl_xor_sync(ALL, best.value, half), __shfl_xor_sync(ALL, best.index, half)};
+        if (other.index != ALL && (best.index == ALL || before(other, best))) best = other;
+    }
+    return best;
+}
+
+// ids and weights [rows][used] from logits [rows][experts]. gating 0 softmax, 1 sigmoid; `correction` may be null; groups 0 for none, else
+// experts of the `groups_used` best groups by their best expert (group_score 0) or the sum of the best two (1). The grid: (1, rows), a warp;
+// shared memory for 2 * experts + groups floats.
+extern "C" __global__ void __launch_bounds__(WARP) route(
+    const float* logits, u32 experts, u32 gating, const float* correction, u32 groups, u32 groups_used, u32 group_score, u32 used,
+    u32 normalize, float scale, u32* ids, float* weights) {
+    extern __shared__ float p[];
+    float* choice = p + experts;
+    float* scores = choice + experts;
+    const u32 t = threadIdx.x;
+    logits += (u64)blockIdx.y * experts;
+    ids += (u64)blockIdx.y * used;
+    weights += (u64)blockIdx.y * used;
+    const float lowest = __int_as_float(0xff800000);
+    float max = lowest;
+    for (u32 i = t; i < experts; i += WARP) max = fmaxf(max, logits[i]);
+#pragma unroll
+    for (int half = 16; half > 0; half /= 2) max = fmaxf(max, __shfl_xor_sync(ALL, max, half));
+    for (u32 i = t; i < experts; i += WARP) p[i] = gating ? sigmoid(logits[i]) : exp_exact(logits[i] - max);
+    __syncwarp();
+    if (!gating) {
+        // In order, as on the CPU.
+        float sum = 0.0f;
+        for (u32 i = 0; i < experts; i++) sum += p[i];
+        __syncwarp();
+        for (u32 i = t; i < experts; i += WARP) p[i] = p[i] / sum;
+        __syncwarp();
+    }
+    for (u32 i = t; i < experts; i += WARP) choice[i] = correction ? p[i] + correction[i] : p[i];
+    __syncwarp();
+    const Best none = {0, 0};
+    if (groups) {
+        const u32 size = experts / groups;
+        for (u32 g = 0; g < groups; g++) {
+            const float* c = choice + g * size;
+            const Best one = next_best(c, size, false, none);
+            float score = c[one.index];
+            if (group_score && size > 1) score += c[next_best(c, size, true, one).index];
+            if (t == 0) scores[g] = score;
+        }
+        __syncwarp();
+        // What is before the last group kept stays.
+        Best last = none;
+        for (u32 k = 0; k < groups_used; k++) last = next_best(scores, groups, k > 0, last);
+        for (u32 i = t; i < experts; i += WARP) {
+            const Best mine = {place(scores[i / size]), i / size};
+            if (before(last, mine)) choice[i] = lowest;
+        }
+        __syncwarp();
+    }
+    float sum = 0.0f;
+    Best at = none;
+    for (u32 k = 0; k < used; k++) {
+        at = next_best(choice, experts, k > 0, at);
+        sum += p[at.index];
+        if (t == 0) ids[k] = at.index;
+    }
+    sum = normalize ? sum + 1e-20f : 1.0f;
+    at = none;
+    for (u32 k = 0; k < used; k++) {
+        at = next_best(choice, experts, k > 0, at);
+        if (t == 0) weights[k] = p[at.index] / sum * scale;
+    }
+}
