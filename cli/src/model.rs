@@ -4,7 +4,9 @@ use crate::cmd::plan::refusal;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use engine::gguf::{File, OpenMode};
-use engine::plan::{Access, Device, Machine, PlanModel, PlanOptions, Rules, available_memory, fit};
+use engine::plan::{
+    Access, Change, Device, Fit, Machine, PlanModel, PlanOptions, Rules, available_memory, fit,
+};
 use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Session, SessionOptions};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -128,28 +130,12 @@ impl LoadConfig {
     /// Plans a session before anything is loaded. What does not fit the memory that is left is an error with the flags that
     /// would; with `choose` the first of them is taken, and told.
     pub fn plan(&mut self, session: &mut SessionConfig, choose: bool) -> Result<()> {
-        self.plan_for(session, 1, choose)
-    }
-
-    /// The same for `parallel` sequences; `choose` does not change their number.
-    pub fn plan_for(&mut self, session: &mut SessionConfig, parallel: usize, choose: bool) -> Result<()> {
         let Some(memory) = available_memory() else { return Ok(()) };
         let model = self.headers()?;
-        let ctx = session.ctx(model.ctx_train())?;
-        let access = if self.mmap { Access::Mapped } else { Access::Read };
-        let options = PlanOptions { session: session.options(ctx), parallel, access, threads: self.threads };
-        let machine = |memory| Machine { memory, gpus: Vec::new() };
-        let found = match fit(&model, &options, &machine(memory), &Rules::default()) {
-            Ok(f) => f,
-            // What no session accepts is reported where one is opened, as without a plan.
-            Err(_) => return Ok(()),
-        };
-        if found.plan.fits() {
-            return Ok(());
-        }
+        let Some(found) = self.misfit(&model, session, 1, memory)? else { return Ok(()) };
         // What is chosen leaves others some room.
-        let roomy = fit(&model, &options, &machine(memory - memory / 16), &Rules::default())?;
-        match roomy.ways.iter().find(|w| choose && w.options.parallel == parallel) {
+        let roomy = self.misfit(&model, session, 1, memory - memory / 16)?;
+        match roomy.and_then(|f| f.ways.into_iter().next()).filter(|_| choose) {
             None => bail!("{}: {}", self.source.name(), refusal(&found)),
             Some(w) => {
                 eprintln!("note: to fit {} of memory: {}", crate::output::bytes(memory), w.flags());
@@ -160,6 +146,38 @@ impl LoadConfig {
                 Ok(())
             }
         }
+    }
+
+    /// The same for sessions, of so many sequences each, that follow one another and whose contexts and numbers of sequences
+    /// are given: no flag that changes those is offered.
+    pub fn plan_all(&self, sessions: impl IntoIterator<Item = (SessionConfig, usize)>) -> Result<()> {
+        let Some(memory) = available_memory() else { return Ok(()) };
+        let model = self.headers()?;
+        for (session, parallel) in sessions {
+            if let Some(mut found) = self.misfit(&model, &session, parallel, memory)? {
+                let given = |c: &Change| matches!(c, Change::Ctx(_) | Change::Parallel(_));
+                found.ways.retain(|w| !w.changes.iter().any(given));
+                bail!("{}: {}", self.source.name(), refusal(&found));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is wrong with a session in `memory` bytes; `None` if it fits.
+    fn misfit(
+        &self,
+        model: &PlanModel,
+        session: &SessionConfig,
+        parallel: usize,
+        memory: u64,
+    ) -> Result<Option<Fit>> {
+        let session = session.options(session.ctx(model.ctx_train())?);
+        let access = if self.mmap { Access::Mapped } else { Access::Read };
+        let options = PlanOptions { session, parallel, access, threads: self.threads };
+        let machine = Machine { memory, gpus: Vec::new() };
+        // What no session accepts is reported where one is opened, as without a plan.
+        let found = fit(model, &options, &machine, &Rules::default()).ok();
+        Ok(found.filter(|f| !f.plan.fits()))
     }
 
     /// Loads, telling how long it takes; a terminal is shown that something happens if that is more than a second.

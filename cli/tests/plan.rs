@@ -20,7 +20,8 @@ fn sizes_follow_the_options() {
     assert_eq!(base["fits"], true);
     assert!(bytes(&base, "mapped_bytes") > 1 << 20);
     let device = &base["devices"][0];
-    let parts = ["kv_bytes", "activation_bytes", "scratch_bytes", "sampling_bytes", "host_bytes"];
+    let parts =
+        ["kv_bytes", "activation_bytes", "scratch_bytes", "sampling_bytes", "host_bytes", "policy_bytes"];
     let rest: u64 = parts.iter().map(|p| bytes(device, p)).sum();
     let weights: u64 = device["weights"].as_array().unwrap().iter().map(|w| bytes(w, "resident_bytes")).sum();
     assert_eq!(bytes(&base, "resident_bytes"), rest + weights);
@@ -75,15 +76,10 @@ fn a_run_that_does_not_fit_ends_before_loading() {
     assert!(error(&["run", "demo", "-p", "x", "-ngl", "3"]).contains("only the CPU"));
 }
 
-/// The most anonymous memory that a run of the demo model held.
+/// The most anonymous memory that a command held.
 fn peak(args: &[&str]) -> u64 {
-    let mut child = rsinfer()
-        .args(["run", "demo", "-p", "Tell me a story about a dog and a cat.", "-n", "200", "--ignore-eos"])
-        .args(args)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the binary runs");
+    let mut child =
+        rsinfer().args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the binary runs");
     let mut most = 0;
     while child.try_wait().expect("a child").is_none() {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
@@ -92,8 +88,22 @@ fn peak(args: &[&str]) -> u64 {
         most = most.max(kib << 10);
         std::thread::sleep(Duration::from_millis(2));
     }
-    assert!(child.wait().expect("a child").success());
+    assert!(child.wait().expect("a child").success(), "{args:?}");
     most
+}
+
+/// Planned and measured bytes of `command` on `model`; the bar is 2% and 32 MiB.
+#[cfg(target_os = "linux")]
+fn held(model: &str, command: &[&str], args: &[&str]) -> (u64, u64) {
+    let text = stdout(&[&["plan", model, "--json", "--memory", "1TiB"], args].concat());
+    let planned = bytes(&serde_json::from_str(&text).expect("JSON"), "resident_bytes");
+    let measured = peak(&[&command[..1], &[model], &command[1..], args].concat());
+    let slack = planned / 50 + (32 << 20);
+    assert!(
+        measured <= planned + slack && measured + slack >= planned,
+        "{model} {args:?}: planned {planned}, measured {measured}"
+    );
+    (planned, measured)
 }
 
 #[test]
@@ -105,14 +115,68 @@ fn anonymous_memory_is_what_was_planned() {
         &["-c", "65536", "-ctk", "f32", "-ctv", "f32"],
         &["-c", "65536", "-ctk", "q8_0", "-ctv", "q8_0"],
         &["-c", "512", "--no-mmap"],
+        &["-c", "4096", "--kv", "sinks:4+window:252"],
+        &["-c", "4096", "--kv", "h2o:budget=64,every=8"],
+        &["-c", "4096", "-b", "16", "--kv", "expected:budget=64,evict=both,every=8"],
     ] {
-        let planned = bytes(&plan(&[args, &["--memory", "64GiB"]].concat()), "resident_bytes");
-        let measured = peak(args);
+        let story = "Tell me a story about a dog and a cat.";
+        let (planned, measured) = held("demo", &["run", "-p", story, "-n", "200", "--ignore-eos"], args);
         println!("{args:?}: planned {planned}, measured {measured}");
-        let slack = planned / 50 + (32 << 20);
-        assert!(
-            measured <= planned + slack && measured + slack >= planned,
-            "{args:?}: {planned}, {measured}"
-        );
+    }
+}
+
+/// The table of docs/memory.md: `RSINFER_PLAN_MODELS=a.gguf,b.gguf cargo test -p rsinfer --test plan -- --ignored --nocapture`.
+#[test]
+#[ignore = "needs large files, made by synth"]
+#[cfg(target_os = "linux")]
+fn anonymous_memory_of_large_models_is_what_was_planned() {
+    let models = std::env::var("RSINFER_PLAN_MODELS").expect("RSINFER_PLAN_MODELS names the files");
+    let words = "one two three four five six seven eight nine ten ".repeat(30);
+    println!("| model | flags | planned MiB | peak MiB |\n| --- | --- | --- | --- |");
+    for model in models.split(',') {
+        for args in [
+            &["-c", "512", "-b", "64"][..],
+            &["-c", "8192", "-b", "64"],
+            &["-c", "8192", "-b", "512"],
+            &["-c", "32768", "-b", "512", "-ctk", "q8_0", "-ctv", "q8_0"],
+            &["-c", "8192", "-b", "128", "-ctk", "f32", "-ctv", "f32"],
+            &["-c", "8192", "-b", "64", "--kv", "sinks:4+window:1020"],
+            &["-c", "8192", "-b", "64", "--kv", "snapkv:budget=128,evict=both"],
+        ] {
+            let (planned, measured) =
+                held(model, &["run", "--raw", "-p", &words, "-n", "4", "--ignore-eos"], args);
+            let mib = |b: u64| b as f64 / f64::from(1 << 20);
+            let name = std::path::Path::new(model).file_stem().unwrap_or_default().to_string_lossy();
+            println!("| {name} | {} | {:.1} | {:.1} |", args.join(" "), mib(planned), mib(measured));
+        }
+    }
+}
+
+/// A process that may not have more memory ends with an error, not a crash; with less to hold it runs.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_limit_of_the_system_is_an_error_value() {
+    let under = |kib: &str, args: &[&str]| {
+        std::process::Command::new("sh")
+            .args(["-c", "ulimit -v $0; exec \"$@\"", kib, env!("CARGO_BIN_EXE_rsinfer")])
+            .args(["run", "demo", "-t", "2", "-p", "Hello.", "-n", "4"])
+            .args(args)
+            .output()
+            .expect("a shell")
+    };
+    let limit = "1000000";
+    assert!(under(limit, &["-c", "512"]).status.success());
+    for args in [
+        &["-c", "400000"][..],
+        &["-c", "200000", "-ctk", "f32"],
+        &["-c", "100000", "-b", "100000"],
+        &["-c", "4096", "-b", "400000", "--kv", "window:400"],
+        &["--kv", "h2o:budget=300000", "-c", "400000"],
+    ] {
+        let o = under(limit, args);
+        let err = String::from_utf8_lossy(&o.stderr);
+        let lines: Vec<&str> = err.lines().filter(|l| !l.starts_with("note: ")).collect();
+        assert_eq!(o.status.code(), Some(1), "{args:?}: {:?}, {err}", o.status);
+        assert!(lines.len() == 1 && lines[0].contains("cannot allocate"), "{args:?}: {err}");
     }
 }

@@ -72,7 +72,7 @@ fn check(path: &Path, c: &Case) {
         kv: c.kv.parse().unwrap(),
         ..SessionOptions::default()
     };
-    let planned = {
+    let (planned, policy) = {
         let m = PlanModel::open(path).expect("headers");
         let access = if c.mmap { Access::Mapped } else { Access::Read };
         let o = PlanOptions { session: session.clone(), parallel: 1, access, threads: 2 };
@@ -87,7 +87,7 @@ fn check(path: &Path, c: &Case) {
         };
         let p = place(l, &Machine { memory: u64::MAX, gpus: vec![] }, &Rules::default());
         // Nothing here samples.
-        (p.resident_bytes() - needs.sampling) as f64
+        ((p.resident_bytes() - needs.sampling) as f64, needs.policy as usize)
     };
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
@@ -107,8 +107,8 @@ fn check(path: &Path, c: &Case) {
         peak / planned,
         after as i64 - open as i64
     );
-    // Logits and the text itself, and lists of a few entries per row.
-    let lists = 4 * n_vocab as usize + 8 * c.ctx + 200 * c.batch.min(c.ctx) + (64 << 10);
+    // Logits and the text itself, lists of a few entries per row, and what a policy records.
+    let lists = policy + 4 * n_vocab as usize + 8 * c.ctx + 200 * c.batch.min(c.ctx) + (64 << 10);
     assert!(after <= open + lists, "{name}: {} bytes more after a prompt and eight tokens", after - open);
     assert!(peak <= planned * 1.02 + f64::from(1 << 20), "{name}: planned {planned}, peak {peak}");
     // The calling thread keeps its scratch memory from one case to the next.
@@ -125,6 +125,8 @@ fn cases(path: &Path, longest: usize) {
         (longest, 32, Q8_0, Q8_0, "full", false),
         (longest, 32, F16, F16, "sinks:4+window:60", true),
         (longest, 512, Q8_0, F16, "window:100", true),
+        (longest, 64, F16, F16, "h2o:budget=25%,every=4", true),
+        (longest, 64, F16, F16, "expected:budget=25%,evict=both,every=4", true),
     ] {
         check(path, &Case { ctx, batch, k, v, kv, mmap });
     }

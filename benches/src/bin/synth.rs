@@ -11,6 +11,7 @@ use std::time::Instant;
 #[command(after_help = "Examples:\n  \
     synth llama-3.2-1b --type Q4_K llama.gguf\n  \
     synth deepseek-v3 --layers 5 --type Q4_K_M v3.gguf\n  \
+    synth deepseek-v3 --type Q2_K --header-only v3.gguf; rsinfer plan v3.gguf --memory 256GiB\n  \
     synth deepseek-v2-lite --tiny --type Q8_0 small.gguf")]
 struct Args {
     /// The public model
@@ -30,6 +31,9 @@ struct Args {
     /// The same structure in a few megabytes
     #[arg(long)]
     tiny: bool,
+    /// The header without the weights: for `rsinfer plan`
+    #[arg(long)]
+    header_only: bool,
     /// Same seed, same file
     #[arg(short, long, default_value_t = 1, value_name = "N")]
     seed: u64,
@@ -57,7 +61,11 @@ fn main() -> Result<()> {
         (Types::Pure(_), true) => unreachable!("no name stands for it"),
     };
     let start = Instant::now();
-    let bytes = synth::write(&g, types, a.seed, &a.out).with_context(|| g.name.to_owned())?;
+    let written = match a.header_only {
+        true => synth::write_header(&g, types, &a.out),
+        false => synth::write(&g, types, a.seed, &a.out),
+    };
+    let bytes = written.with_context(|| g.name.to_owned())?;
     let (size, seconds) = (bytes as f64 / 1e9, start.elapsed().as_secs_f64());
     println!("{}: {} {types}, {size:.2} GB in {seconds:.1} s", a.out.display(), g.name);
     Ok(())

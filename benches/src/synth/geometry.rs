@@ -180,7 +180,7 @@ const V2_LITE: Geometry = Geometry {
 };
 
 /// The models that can be written.
-pub const GEOMETRIES: [Geometry; 7] = [
+pub const GEOMETRIES: [Geometry; 9] = [
     LLAMA_1B,
     Geometry {
         name: "llama-3.1-8b",
@@ -192,7 +192,30 @@ pub const GEOMETRIES: [Geometry; 7] = [
         attention: Attention::Grouped { kv_heads: 8, head_dim: 128, window: None },
         ..LLAMA_1B
     },
+    Geometry {
+        name: "llama-3.3-70b",
+        layers: 80,
+        d: 8192,
+        ff: 28_672,
+        heads: 64,
+        tied: false,
+        llama3_rope: Some(8.0),
+        attention: Attention::Grouped { kv_heads: 8, head_dim: 128, window: None },
+        ..LLAMA_1B
+    },
     GEMMA_1B,
+    Geometry {
+        name: "gemma-3-27b",
+        layers: 62,
+        d: 5376,
+        ff: 21_504,
+        heads: 32,
+        vocab: 262_208,
+        context: 131_072,
+        linear_rope: Some(8.0),
+        attention: Attention::Grouped { kv_heads: 16, head_dim: 128, window: Some(1024) },
+        ..GEMMA_1B
+    },
     Geometry {
         name: "gemma-3-4b",
         layers: 34,

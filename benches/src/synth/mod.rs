@@ -78,11 +78,8 @@ pub enum SynthError {
     Type(DType),
 }
 
-/// Writes the model. Returns the file's length in bytes.
-///
-/// # Errors
-/// See [`SynthError`]; on error no file is left behind.
-pub fn write(g: &Geometry, types: Types, seed: u64, out: &Path) -> Result<u64, SynthError> {
+/// A file begun: its header is written.
+fn begin(g: &Geometry, types: Types, out: &Path) -> Result<(Writer, Vec<(Tensor, DType)>), SynthError> {
     let mut metadata = metadata(g);
     if let Types::Mix(target) = types
         && let Some(id) = target.info().file_type
@@ -94,7 +91,23 @@ pub fn write(g: &Geometry, types: Types, seed: u64, out: &Path) -> Result<u64, S
         .iter()
         .map(|(t, dtype)| NewTensor { name: t.name.clone(), dtype: *dtype, dims: t.dims.clone() })
         .collect();
-    let mut writer = Writer::create(out, &metadata, &new)?;
+    Ok((Writer::create(out, &metadata, &new)?, tensors))
+}
+
+/// Writes the model's header alone: for plans, which need no weights. Returns the file's length in bytes.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_header(g: &Geometry, types: Types, out: &Path) -> Result<u64, SynthError> {
+    Ok(begin(g, types, out)?.0.finish_header()?)
+}
+
+/// Writes the model. Returns the file's length in bytes.
+///
+/// # Errors
+/// See [`SynthError`]; on error no file is left behind.
+pub fn write(g: &Geometry, types: Types, seed: u64, out: &Path) -> Result<u64, SynthError> {
+    let (mut writer, tensors) = begin(g, types, out)?;
     let mut rng = Rng(seed);
     let mut buffer = vec![0; PIECE];
     for (t, dtype) in &tensors {
@@ -279,6 +292,8 @@ mod tests {
             ("llama-3.1-8b", 8030),
             ("gemma-3-1b", 1000),
             ("gemma-3-4b", 3880),
+            ("gemma-3-27b", 27_009),
+            ("llama-3.3-70b", 70_554),
             ("qwen3-0.6b", 596),
             ("deepseek-v2-lite", 15706),
             ("deepseek-v3", 671_026),

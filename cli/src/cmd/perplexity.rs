@@ -70,6 +70,12 @@ pub fn run(c: &Config) -> Result<()> {
         Mode::WriteBase { base, .. } => Some(output::OutFile::create(base)?),
         _ => None,
     };
+    let ctx = match (&c.mode, &base) {
+        (_, Some(base)) => base.n_ctx,
+        (Mode::Strided { stride, .. }, _) => c.n_ctx + stride / 2,
+        _ => c.n_ctx,
+    };
+    c.load.clone().plan(&mut SessionConfig { ctx: Some(ctx), ..c.session.clone() }, false)?;
     let (model, _) = c.load.load()?;
     match &c.mode {
         Mode::Perplexity { text } => chunked(c, &model, &tokens(&model, text), None),

@@ -69,7 +69,7 @@ pub fn device_json(d: &DevicePlan) -> Value {
     json!({
         "device": device_name(d.device), "size_bytes": d.size, "weights": weights, "kv_bytes": d.kv,
         "activation_bytes": d.activations, "scratch_bytes": d.scratch, "sampling_bytes": d.sampling,
-        "host_bytes": d.host, "resident_bytes": d.resident(), "mapped_bytes": d.mapped(),
+        "host_bytes": d.host, "policy_bytes": d.policy, "resident_bytes": d.resident(), "mapped_bytes": d.mapped(),
         "left_bytes": d.left(), "streamed_bytes": d.streamed(), "shortfall_bytes": d.shortfall(),
     })
 }
@@ -162,7 +162,8 @@ fn as_text(
     row("activations", &|d| size(d.activations))?;
     row("scratch", &|d| size(d.scratch))?;
     row("sampling", &|d| size(d.sampling))?;
-    row("vocabulary", &|d| size(d.host))?;
+    row("kv policy", &|d| size(d.policy))?;
+    row("host", &|d| size(d.host))?;
     row("in memory", &|d| output::bytes(d.resident()))?;
     row("mapped", &|d| size(d.mapped()))?;
     row("left", &|d| {
@@ -214,7 +215,15 @@ pub fn refusal(f: &Fit) -> String {
         .collect();
     let short = format!("it does not fit: {}", short.join("; "));
     if f.ways.is_empty() {
-        return format!("{short}. Nothing makes it fit: the smallest run takes {}", output::bytes(f.least));
+        let host = f.plan.devices[0].size;
+        return match f.least <= host {
+            true => {
+                format!("{short}. Only less text at a time would fit: a smaller context, fewer sequences")
+            }
+            false => {
+                format!("{short}. Nothing makes it fit: the smallest run takes {}", output::bytes(f.least))
+            }
+        };
     }
     let ways: Vec<String> = f.ways.iter().map(engine::plan::Way::flags).collect();
     format!("{short}. What would fit (--fit takes the first): {}", ways.join("  or  "))

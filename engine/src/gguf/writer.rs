@@ -98,10 +98,29 @@ impl Writer {
     ///
     /// # Errors
     /// The disk's, or data are missing.
-    pub fn finish(mut self) -> Result<u64, GgufError> {
+    pub fn finish(self) -> Result<u64, GgufError> {
         if let Some((name, expected)) = self.plan.tensors.get(self.current) {
             return Err(self.fail(wrong_size(name, self.written, *expected)));
         }
+        self.close()
+    }
+
+    /// Closes the file without any tensor's data: enough for [`super::File::headers`], and for planning. Returns its length.
+    ///
+    /// # Errors
+    /// The disk's, or data were written already.
+    pub fn finish_header(self) -> Result<u64, GgufError> {
+        if self.position > self.plan.header.len() as u64 {
+            return Err(self.fail(wrong_size(
+                "(a header alone)",
+                self.position,
+                self.plan.header.len() as u64,
+            )));
+        }
+        self.close()
+    }
+
+    fn close(mut self) -> Result<u64, GgufError> {
         let out = self.out.take().expect("finish is called once");
         let done = out.into_inner().map_err(|e| e.into_error()).and_then(|file| {
             file.sync_all()?;

@@ -7,7 +7,7 @@ use super::pool::Pool;
 use super::set::{Set, SetShape};
 use crate::EngineError;
 use crate::layers::rope::turn;
-use kernels::{Buf, Device, RopeHeads, RopeStyle};
+use kernels::{Buf, Device, KernelError, RopeHeads, RopeStyle};
 use std::ops::Range;
 
 /// What an eviction is told of the sequence.
@@ -45,18 +45,30 @@ impl Masses {
     }
 }
 
+/// `n` zeros, or an error instead of an abort: what a policy looks at can be as large as the cache of a layer.
+pub(super) fn zeros(n: usize) -> Result<Vec<f32>, EngineError> {
+    let mut out = Vec::new();
+    let fail = |_| KernelError::Memory { what: "kv policy", bytes: n.saturating_mul(4) };
+    out.try_reserve_exact(n).map_err(fail)?;
+    out.resize(n, 0.0);
+    Ok(out)
+}
+
 /// `[kv_heads, slots.len()]` of a mass.
 pub fn read_mass(device: &Device, buf: &Buf, slots: &[u32]) -> Result<Vec<f32>, EngineError> {
-    let mut all = vec![0.0; buf.rows() * buf.cols()];
+    let mut all = zeros(buf.rows() * buf.cols())?;
     device.read(buf.view(buf.rows()), &mut all)?;
-    let row = |h: usize| &all[h * buf.cols()..][..buf.cols()];
-    Ok((0..buf.rows()).flat_map(|h| slots.iter().map(move |s| row(h)[*s as usize])).collect())
+    let mut out = zeros(buf.rows() * slots.len())?;
+    for (out, row) in out.chunks_exact_mut(slots.len().max(1)).zip(all.chunks_exact(buf.cols())) {
+        out.iter_mut().zip(slots).for_each(|(o, s)| *o = row[*s as usize]);
+    }
+    Ok(out)
 }
 
 /// The inverse.
 pub fn write_mass(device: &Device, buf: &mut Buf, slots: &[u32], values: &[f32]) -> Result<(), EngineError> {
     let (heads, cols) = (buf.rows(), buf.cols());
-    let mut all = vec![0.0; heads * cols];
+    let mut all = zeros(heads * cols)?;
     device.read(buf.view(heads), &mut all)?;
     for h in 0..heads {
         for (s, v) in slots.iter().zip(&values[h * slots.len()..]) {
@@ -87,7 +99,7 @@ fn by_head(
     heads: usize,
 ) -> Result<Vec<f32>, EngineError> {
     let dim = buf.width() / heads;
-    let mut out = vec![0.0; heads * slots.len() * dim];
+    let mut out = zeros(heads * slots.len() * dim)?;
     for (h, part) in out.chunks_exact_mut((slots.len() * dim).max(1)).enumerate() {
         device.kv_read(buf, slots, h * dim..(h + 1) * dim, part)?;
     }
@@ -112,12 +124,14 @@ fn show(device: &Device, s: &SetShape, set: &Set, layer: &LayerKv) -> Result<Sho
     }
     if let Some(m) = &layer.masses.recent {
         out.mass_recent = match set.recent {
-            0 => vec![0.0; g.kv_heads * slots.len()],
+            0 => zeros(g.kv_heads * slots.len())?,
             _ => read_mass(device, m, &slots)?,
         };
     }
     out.query_positions = set.queries.iter().map(|q| q.0).collect();
     let dim = g.key + g.k_pe;
+    out.queries = zeros(g.heads * dim * set.queries.len())?;
+    out.queries.clear();
     for h in 0..g.heads {
         set.queries.iter().for_each(|q| out.queries.extend_from_slice(&q.1[h * dim..][..dim]));
     }

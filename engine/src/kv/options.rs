@@ -162,6 +162,23 @@ impl ArenaOptions {
         Ok(all)
     }
 
+    /// Bytes beside the cache that a policy which chooses takes: what all sequences' layers keep of positions and queries, and
+    /// what the largest eviction, or the recording of a pass's queries (`rows` of them), takes while it lasts.
+    ///
+    /// # Errors
+    /// Sizes that are not possible.
+    pub(crate) fn policy_bytes(&self, specs: &[LayerSpec], rows: usize) -> Result<usize, EngineError> {
+        let (mut kept, mut most) = (0, 0);
+        for (kind, _) in self.groups(specs) {
+            if let Kind::Set(s) = &kind {
+                kept += self.sequences * s.record_bytes();
+                let recording = if s.needs.queries > 0 { rows * s.query_bytes() } else { 0 };
+                most = most.max(s.eviction_bytes(self.slots(&kind)?)).max(recording);
+            }
+        }
+        Ok(kept + most)
+    }
+
     /// What it asks of forward passes, and whether attention mass is recorded.
     pub(crate) fn extras(&self) -> (Extras, bool) {
         match &self.keep {

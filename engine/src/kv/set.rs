@@ -2,7 +2,7 @@
 //! blocks, so that what goes makes room at the end. Heads may keep different tokens, but as many. Knows blocks and positions;
 //! the moving is `evict`'s.
 
-use super::policy::{KvPolicy, LayerGeometry, Needs};
+use super::policy::{AttentionKind, KvPolicy, LayerGeometry, Needs};
 use super::pool::{BLOCK, Pool};
 use super::ring::runs;
 use super::spec::Trigger;
@@ -34,6 +34,33 @@ impl SetShape {
     /// Blocks of a sequence at most.
     pub fn blocks(&self) -> usize {
         self.capacity.div_ceil(BLOCK)
+    }
+
+    /// Bytes of a query over all heads.
+    pub fn query_bytes(&self) -> usize {
+        4 * self.geometry.heads * (self.geometry.key + self.geometry.k_pe)
+    }
+
+    /// Bytes that a sequence keeps beside the cache: positions, blocks, recorded queries.
+    pub fn record_bytes(&self) -> usize {
+        8 * self.geometry.kv_heads * self.capacity
+            + 4 * self.blocks()
+            + self.needs.queries * (self.query_bytes() + 32)
+    }
+
+    /// Bytes that an eviction takes while it lasts, in an arena of `slots` slots: what the policy is shown (`evict::Shown`),
+    /// its scores and ranks, the list of moves, and a mass as it is read or written.
+    pub fn eviction_bytes(&self, slots: usize) -> usize {
+        let (g, n, needs) = (&self.geometry, self.capacity, &self.needs);
+        let mla = g.kind == AttentionKind::Mla;
+        let masses = usize::from(needs.mass_total) + usize::from(needs.mass_recent > 0);
+        let wanted = |yes: bool, width: usize| if yes { 4 * n * width } else { 0 };
+        let shown = wanted(needs.keys, g.kv_heads * g.key + g.k_pe)
+            + wanted(needs.values && !mla, g.kv_heads * g.value)
+            + (8 + 4 * masses) * g.kv_heads * n
+            + needs.queries * self.query_bytes();
+        let chosen = (4 + 4) * g.kv_heads * n + (8 + 16 + 8 + 4) * n;
+        shown + chosen + if masses > 0 { 4 * g.kv_heads * slots } else { 0 }
     }
 }
 

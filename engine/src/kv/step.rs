@@ -2,7 +2,7 @@
 //! evicts where a policy asks for it. Models ask for positions, slots to write and what is visible; they compute none of it.
 
 use super::arena::{Arena, Eviction, Group, Held, LayerKv, SeqId, Sequence, Watcher};
-use super::evict::{Masses, Occasion, evict};
+use super::evict::{Masses, Occasion, evict, zeros};
 use super::options::Kind;
 use super::pool::Pool;
 use super::set::{Set, SetShape};
@@ -243,7 +243,7 @@ impl Arena {
         let g = self.layers[l].group;
         let Kind::Set(shape) = &self.groups[g].kind else { return Ok(()) };
         let (keep, width) = (shape.needs.queries, q.cols());
-        let mut all = vec![0.0; q.rows() * width];
+        let mut all = zeros(q.rows() * width)?;
         self.device.read(q, &mut all)?;
         let mut row = 0;
         for b in &self.step.begun {

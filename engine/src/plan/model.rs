@@ -100,8 +100,10 @@ pub struct Needs {
     pub scratch: u64,
     /// Logits and what sampling sorts.
     pub sampling: u64,
-    /// Metadata, vocabulary, threads.
+    /// Metadata, vocabulary, stacks of threads.
     pub host: u64,
+    /// What a cache policy that chooses keeps beside the cache, and looks at while it chooses.
+    pub policy: u64,
 }
 
 /// A model's headers.
@@ -123,6 +125,8 @@ pub struct PlanModel {
 /// What a text value costs as metadata, and again in the vocabulary: pointers, lengths and entries of tables besides the bytes.
 const TEXT: u64 = 40;
 const TOKEN: u64 = 110;
+/// What a thread touches of its stack.
+const STACK: u64 = 64 << 10;
 
 impl PlanModel {
     /// Reads the headers of the file at `path`: the first part of a split file, or a file without its data, is enough.
@@ -232,7 +236,8 @@ impl PlanModel {
             scratch: scratch as u64,
             // Logits of a sequence, and candidates of a sampler that looks at all of them.
             sampling: o.parallel as u64 * vocab * (4 + 32),
-            host: self.texts + 4 * s.ctx as u64 * o.parallel as u64,
+            host: self.texts + 4 * s.ctx as u64 * o.parallel as u64 + STACK * o.threads as u64,
+            policy: options.policy_bytes(&specs, rows)? as u64,
         })
     }
 }

@@ -80,8 +80,10 @@ pub struct DevicePlan {
     pub scratch: u64,
     /// Logits and sampling.
     pub sampling: u64,
-    /// Metadata, vocabulary.
+    /// Metadata, vocabulary, stacks of threads.
     pub host: u64,
+    /// What a cache policy that chooses takes beside the cache.
+    pub policy: u64,
     /// Mapped weights must stay in memory.
     pub locked: bool,
 }
@@ -99,7 +101,8 @@ impl DevicePlan {
 
     /// Bytes that are not mapped.
     pub fn resident(&self) -> u64 {
-        self.weights_resident() + self.kv + self.activations + self.scratch + self.sampling + self.host
+        let rest = self.kv + self.activations + self.scratch + self.sampling + self.host + self.policy;
+        self.weights_resident() + rest
     }
 
     /// Bytes that must fit: mapped weights need not, unless they are locked.
@@ -255,6 +258,7 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
         scratch: 0,
         sampling: 0,
         host: 0,
+        policy: 0,
         locked: l.access == Access::Locked && device == Device::Cpu,
     };
     let mut devices = vec![empty(Device::Cpu, m.memory)];
@@ -302,5 +306,6 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
     }
     devices[0].sampling = l.needs.sampling;
     devices[0].host = l.needs.host;
+    devices[0].policy = l.needs.policy;
     Plan { devices, gpu_layers: n, cpu_moe: if n == 0 { 0 } else { cpu_moe }, parallel: l.parallel }
 }

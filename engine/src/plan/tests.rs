@@ -36,7 +36,7 @@ fn model() -> impl Strategy<Value = Model> {
             add("output.weight".into(), None, embed, 0);
         }
         let kv = layers.iter().map(|l| l.4).collect();
-        let needs = Needs { kv, activations: a, scratch: b, sampling: a / 2, host: b / 2 };
+        let needs = Needs { kv, activations: a, scratch: b, sampling: a / 2, host: b / 2, policy: a / 3 };
         Model { layers: layers.len(), tied, needs, weights }
     })
 }

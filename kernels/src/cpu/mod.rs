@@ -95,15 +95,16 @@ impl Backend for CpuBackend {
         isa::Isa::active()?;
         let sizes = reserve::Sizes::of(limits, self.pool.threads(), self.isa);
         let mut mem = self.memory();
+        mem.attention.areas.check(self.pool.threads())?;
         mem.attention.store.reserve(sizes.store)?;
         mem.moe.reserve(limits)?;
-        mem.router.reserve(limits);
+        mem.router.reserve(limits)?;
         let failed = Mutex::new(None);
         self.pool.on_all(|| {
-            if let Err(e) = matmul::reserve_results(sizes.results) {
+            let done = matmul::reserve_results(sizes.results);
+            if let Err(e) = done.and_then(|()| table::reserve(self.isa, sizes.unpack)) {
                 *failed.lock().unwrap_or_else(|e| e.into_inner()) = Some(e);
             }
-            table::reserve(self.isa, sizes.unpack);
         });
         failed.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
     }

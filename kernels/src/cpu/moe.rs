@@ -45,8 +45,9 @@ impl Memory {
                 float.resize(floats, 0.0);
             }
         }
-        self.order.reserve_exact(pairs.saturating_sub(self.order.len()));
-        self.place.reserve_exact(pairs.saturating_sub(self.place.len()));
+        let fail = |_| KernelError::Memory { what: "lists of experts", bytes: 16 * pairs };
+        self.order.try_reserve_exact(pairs.saturating_sub(self.order.len())).map_err(fail)?;
+        self.place.try_reserve_exact(pairs.saturating_sub(self.place.len())).map_err(fail)?;
         self.reserved = true;
         Ok(())
     }

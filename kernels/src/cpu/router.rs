@@ -7,7 +7,7 @@ use super::matmul::with_scratch;
 use super::scratch::Shared;
 use super::{Pool, math};
 use crate::backend::{Gating, GroupScore, Router, Routes};
-use crate::{Limits, View};
+use crate::{KernelError, Limits, View};
 use quant::DType;
 
 /// Kept between calls.
@@ -22,9 +22,11 @@ pub struct Memory {
 
 impl Memory {
     /// Makes room for calls within the limits.
-    pub fn reserve(&mut self, l: &Limits) {
-        self.logits.reserve_exact((l.tokens * l.experts).saturating_sub(self.logits.len()));
-        self.choice.reserve_exact(l.experts.saturating_sub(self.choice.len()));
+    pub fn reserve(&mut self, l: &Limits) -> Result<(), KernelError> {
+        let n = l.tokens * l.experts;
+        let fail = |_| KernelError::Memory { what: "router", bytes: 4 * n };
+        self.logits.try_reserve_exact(n.saturating_sub(self.logits.len())).map_err(fail)?;
+        self.choice.try_reserve_exact(l.experts.saturating_sub(self.choice.len())).map_err(fail)
     }
 }
 

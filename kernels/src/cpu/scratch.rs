@@ -26,10 +26,20 @@ unsafe impl Sync for Areas {}
 pub struct Claim<'a>(&'a Area);
 
 impl Areas {
-    /// `n` areas; the pages are touched first by the thread that uses them.
+    /// `n` areas, or fewer where memory is short ([`Areas::check`] says so); the pages are touched first by the thread that
+    /// uses them.
     pub fn new(n: usize) -> Self {
-        let area = || Area { busy: AtomicBool::new(false), data: UnsafeCell::new(vec![0.0; AREA + LINE]) };
-        Self((0..n).map(|_| area()).collect())
+        let area = |_| {
+            let data = bytemuck::allocation::try_zeroed_vec(AREA + LINE).ok()?;
+            Some(Area { busy: AtomicBool::new(false), data: UnsafeCell::new(data) })
+        };
+        Self((0..n).map_while(area).collect())
+    }
+
+    /// Whether there are `n`: a claim would wait for ever if there were none.
+    pub fn check(&self, n: usize) -> Result<(), KernelError> {
+        let bytes = Self::size(n);
+        if self.0.len() < n { Err(KernelError::Memory { what: "scratch", bytes }) } else { Ok(()) }
     }
 
     /// Bytes of `n` areas.
@@ -93,6 +103,16 @@ impl<'a> Cut<'a> {
         self.0 = rest;
         Ok(&mut piece[..n])
     }
+}
+
+/// Makes `v` at least `n` long.
+pub fn grow<T: Copy>(v: &mut Vec<T>, n: usize, zero: T) -> Result<(), KernelError> {
+    if n > v.len() {
+        let fail = |_| KernelError::Memory { what: "scratch", bytes: n * size_of::<T>() };
+        v.try_reserve_exact(n - v.len()).map_err(fail)?;
+        v.resize(n, zero);
+    }
+    Ok(())
 }
 
 /// A buffer that grows until it is reserved, and never after.

@@ -6,6 +6,7 @@ use super::quantized::Block;
 #[cfg(target_arch = "x86_64")]
 use super::x86_64::{avx2, avx512};
 use super::{portable, scalar};
+use crate::KernelError;
 use quant::DType;
 
 /// `y[c * rows + r] = row r of w . x[c]`, where `w` holds `rows = y.len() / x.len()` rows of `row_bytes` bytes, each of at most
@@ -70,13 +71,16 @@ pub fn scratch_bytes(isa: Isa, max_in: usize) -> usize {
 }
 
 /// Allocates it, for the calling thread.
-pub fn reserve(isa: Isa, max_in: usize) {
+pub fn reserve(isa: Isa, max_in: usize) -> Result<(), KernelError> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => avx512::reserve(max_in),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => avx2::reserve(max_in),
-        _ => _ = max_in,
+        _ => {
+            _ = max_in;
+            Ok(())
+        }
     }
 }
 

@@ -152,12 +152,9 @@ pub fn run(c: &Config) -> Result<()> {
         let model = match loaded.take() {
             Some((s, model)) if reuse(&s) => model,
             _ => {
-                let mut load =
+                let load =
                     LoadConfig { source: setup.source.clone(), mmap: setup.mmap, threads: setup.threads };
-                // The larger of the tests' plans is that of one of these.
-                for t in &c.tests {
-                    load.plan_for(&mut setup.session(t.tokens()), t.sequences, false)?;
-                }
+                load.plan_all(c.tests.iter().map(|t| (setup.session(t.tokens()), t.sequences)))?;
                 load.load()?.0
             }
         };

@@ -18,7 +18,7 @@ use crate::model::{LoadConfig, SessionConfig};
 use crate::output;
 use crate::trace::{self, Trace};
 use anyhow::{Context, Result};
-use engine::{Model, Session, SessionOptions};
+use engine::{Model, Session};
 use indicatif::{ProgressBar, ProgressStyle};
 use measure::Found;
 use plan::Cell;
@@ -61,15 +61,21 @@ pub fn run(c: &Config) -> Result<()> {
 }
 
 fn evaluate(e: &Eval) -> Result<()> {
-    let (model, _) = e.load.load()?;
+    let words = tasks::Words::of(&e.load.source.open()?)?;
     let tasks: Vec<Task> =
-        e.tasks.iter().map(|t| tasks::prepare(&model, t, &e.sizes)).collect::<Result<_>>()?;
+        e.tasks.iter().map(|t| tasks::prepare(&words, t, &e.sizes)).collect::<Result<_>>()?;
+    drop(words);
     let mut cells = Vec::new();
     for task in &tasks {
         for cell in plan::cells(&task.name, task.longest(), &e.policies, &e.budgets)? {
             cells.push((task, cell));
         }
     }
+    let sessions = cells.iter().map(|(task, cell)| (session(e, task, cell), 1));
+    e.load.plan_all(sessions).context(
+        "the longest text decides: --ppl-length, --fillers, --passkey-length and --answer-tokens shorten it",
+    )?;
+    let (model, _) = e.load.load()?;
     warn_of_length(&model, &tasks, &e.manner);
     // A policy that cannot serve the model must not be found out after an hour.
     for (task, cell) in &cells {
@@ -114,7 +120,8 @@ fn evaluate(e: &Eval) -> Result<()> {
     Ok(output::print(&format!("{report}\nreport: {}\n", e.out.join("report.html").display()))?)
 }
 
-fn open(e: &Eval, model: &Arc<Model>, task: &Task, cell: &Cell) -> Result<Session> {
+/// The session of a cell.
+fn session(e: &Eval, task: &Task, cell: &Cell) -> SessionConfig {
     let ctx = match task.work {
         Work::Read(_) => task.longest(),
         Work::Ask(_) => task.longest() + e.manner.answer_tokens,
@@ -123,7 +130,12 @@ fn open(e: &Eval, model: &Arc<Model>, task: &Task, cell: &Cell) -> Result<Sessio
     if e.trace {
         kv = kv.recording(trace::needs());
     }
-    let options = SessionOptions { kv, ..e.session.options(ctx) };
+    SessionConfig { ctx: Some(ctx), kv, ..e.session.clone() }
+}
+
+fn open(e: &Eval, model: &Arc<Model>, task: &Task, cell: &Cell) -> Result<Session> {
+    let config = session(e, task, cell);
+    let options = config.options(config.ctx(model.info().ctx_train)?);
     Session::new(model, &options).with_context(|| format!("{}, {}", task.name, cell.spec))
 }
 

@@ -4,8 +4,8 @@
 use super::corpus::{Story, Teller, Wording};
 use crate::chat;
 use anyhow::{Context, Result, bail};
-use engine::Model;
-use engine::text::{ChatTemplate, EncodeOptions};
+use engine::gguf::File;
+use engine::text::{ChatTemplate, EncodeOptions, Vocab};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
@@ -156,20 +156,34 @@ impl Task {
     }
 }
 
+/// What of a model makes tokens of a text: it is read from the headers, before the model is loaded.
+pub struct Words {
+    vocab: Vocab,
+    chat: ChatTemplate,
+}
+
+impl Words {
+    pub fn of(file: &File) -> Result<Self> {
+        let vocab = Vocab::from_metadata(file.metadata())?;
+        let chat = ChatTemplate::from_metadata(file.metadata(), &vocab)?;
+        Ok(Self { vocab, chat })
+    }
+}
+
 /// Reads and tokenizes what a task needs.
-pub fn prepare(model: &Model, spec: &TaskSpec, sizes: &Sizes) -> Result<Task> {
+pub fn prepare(words: &Words, spec: &TaskSpec, sizes: &Sizes) -> Result<Task> {
     match spec {
-        TaskSpec::Ppl(path) => read(model, spec, &crate::text::read_prompt_file(path)?, sizes),
-        TaskSpec::Recall => recall(model, sizes),
-        TaskSpec::Passkey => passkey(model, sizes),
+        TaskSpec::Ppl(path) => read(words, spec, &crate::text::read_prompt_file(path)?, sizes),
+        TaskSpec::Recall => recall(words, sizes),
+        TaskSpec::Passkey => passkey(words, sizes),
     }
 }
 
 /// Buckets in which `ppl` scores positions.
 const PPL_BUCKETS: usize = 8;
 
-fn read(model: &Model, spec: &TaskSpec, text: &str, sizes: &Sizes) -> Result<Task> {
-    let vocab = model.vocab();
+fn read(words: &Words, spec: &TaskSpec, text: &str, sizes: &Sizes) -> Result<Task> {
+    let vocab = &words.vocab;
     let ids = vocab.encode(text, EncodeOptions { add_special: false, parse_special: false });
     let bos = vocab.bos().filter(|_| vocab.adds_bos());
     let own = sizes.ppl_length - usize::from(bos.is_some());
@@ -194,26 +208,24 @@ fn read(model: &Model, spec: &TaskSpec, text: &str, sizes: &Sizes) -> Result<Tas
 
 /// From stories to prompts.
 struct Prompter<'m> {
-    model: &'m Model,
+    vocab: &'m Vocab,
     template: &'m ChatTemplate,
     /// No chat template: text and question as they are.
     raw: bool,
 }
 
 impl<'m> Prompter<'m> {
-    fn new(model: &'m Model) -> Self {
-        let template = model.chat_template();
+    fn new(words: &'m Words) -> Self {
+        let (vocab, template) = (&words.vocab, &words.chat);
         // ChatML is of use only to a model that has its marks as tokens.
-        let raw = template.is_default() && model.vocab().token_id("<|im_start|>").is_none();
-        Self { model, template, raw }
+        let raw = template.is_default() && vocab.token_id("<|im_start|>").is_none();
+        Self { vocab, template, raw }
     }
 
     fn tokens(&self, rendered: &str) -> Vec<u32> {
         match self.raw {
-            true => {
-                self.model.vocab().encode(rendered, EncodeOptions { add_special: true, parse_special: true })
-            }
-            false => chat::tokens(self.model.vocab(), rendered),
+            true => self.vocab.encode(rendered, EncodeOptions { add_special: true, parse_special: true }),
+            false => chat::tokens(self.vocab, rendered),
         }
     }
 
@@ -248,8 +260,8 @@ impl<'m> Prompter<'m> {
     }
 }
 
-fn recall(model: &Model, sizes: &Sizes) -> Result<Task> {
-    let (prompter, mut teller) = (Prompter::new(model), Teller::new(sizes.seed));
+fn recall(words: &Words, sizes: &Sizes) -> Result<Task> {
+    let (prompter, mut teller) = (Prompter::new(words), Teller::new(sizes.seed));
     let mut found = Vec::new();
     for q in 0..sizes.questions {
         let story = teller.story(sizes.facts, sizes.fillers[q % sizes.fillers.len()]);
@@ -269,11 +281,11 @@ fn recall(model: &Model, sizes: &Sizes) -> Result<Task> {
     Ok(Task::new("recall".into(), Work::Ask(items), buckets))
 }
 
-fn passkey(model: &Model, sizes: &Sizes) -> Result<Task> {
+fn passkey(words: &Words, sizes: &Sizes) -> Result<Task> {
     // Numbers of their own: the tasks that are run together must not change each other.
-    let (prompter, mut teller) = (Prompter::new(model), Teller::new(sizes.seed ^ 0x7061_7373));
+    let (prompter, mut teller) = (Prompter::new(words), Teller::new(sizes.seed ^ 0x7061_7373));
     let options = EncodeOptions { add_special: false, parse_special: false };
-    let size = |s: &str| model.vocab().encode(&format!(" {s}"), options).len();
+    let size = |s: &str| words.vocab.encode(&format!(" {s}"), options).len();
     let mut items = Vec::new();
     for (bucket, &depth) in sizes.depths.iter().enumerate() {
         for _ in 0..sizes.passkeys {
@@ -309,9 +321,8 @@ fn contains_words(text: &str, key: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn demo() -> std::sync::Arc<Model> {
-        let options = engine::LoadOptions { threads: 1, ..Default::default() };
-        Model::load_static("demo", crate::demo::bytes(), &options).unwrap()
+    fn demo() -> Words {
+        Words::of(&File::from_static("demo", crate::demo::bytes()).unwrap()).unwrap()
     }
 
     fn sizes() -> Sizes {
@@ -340,31 +351,31 @@ mod tests {
 
     #[test]
     fn prompts_fall_into_text_and_question() {
-        let model = demo();
-        let task = prepare(&model, &TaskSpec::Recall, &sizes()).unwrap();
+        let words = demo();
+        let task = prepare(&words, &TaskSpec::Recall, &sizes()).unwrap();
         let Work::Ask(items) = &task.work else { panic!("questions") };
         assert_eq!(items.len(), 40);
-        let text = |ids: &[u32]| model.vocab().decode(ids, true);
+        let text = |ids: &[u32]| words.vocab.decode(ids, true);
         for i in items {
             assert!(!text(&i.tokens[..i.text]).contains(&i.question));
             assert!(text(&i.tokens[i.text..]).trim_start().starts_with(&i.question), "{}", text(&i.tokens));
             assert!(text(&i.tokens[..i.text]).contains(&i.key));
-            assert_eq!(Some(i.tokens[0]), model.vocab().bos());
+            assert_eq!(Some(i.tokens[0]), words.vocab.bos());
         }
         assert!(task.buckets.len() > 2 && task.longest() < 450, "{:?} {}", task.buckets, task.longest());
-        assert_eq!(task.hash, prepare(&model, &TaskSpec::Recall, &sizes()).unwrap().hash);
+        assert_eq!(task.hash, prepare(&words, &TaskSpec::Recall, &sizes()).unwrap().hash);
         let other = Sizes { seed: 2, ..sizes() };
-        assert_ne!(task.hash, prepare(&model, &TaskSpec::Recall, &other).unwrap().hash);
+        assert_ne!(task.hash, prepare(&words, &TaskSpec::Recall, &other).unwrap().hash);
     }
 
     #[test]
     fn numbers_lie_deeper_and_deeper() {
-        let model = demo();
-        let task = prepare(&model, &TaskSpec::Passkey, &sizes()).unwrap();
+        let words = demo();
+        let task = prepare(&words, &TaskSpec::Passkey, &sizes()).unwrap();
         let Work::Ask(items) = &task.work else { panic!("questions") };
         assert_eq!((items.len(), task.buckets.len()), (9, 3));
         for i in items {
-            let text = model.vocab().decode(&i.tokens[..i.text], true);
+            let text = words.vocab.decode(&i.tokens[..i.text], true);
             let at = text.find(&i.key).unwrap() as f64 / text.len() as f64;
             let depth = task.buckets[i.bucket].from as f64 / 100.0;
             assert!((at - depth).abs() < 0.3, "{depth}: {at} of {text}");
@@ -374,14 +385,14 @@ mod tests {
 
     #[test]
     fn texts_are_cut_into_sequences() {
-        let model = demo();
+        let words = demo();
         let text = "The king spoke and the queen was silent. ".repeat(30);
-        let task = read(&model, &TaskSpec::Ppl("x".into()), &text, &sizes()).unwrap();
+        let task = read(&words, &TaskSpec::Ppl("x".into()), &text, &sizes()).unwrap();
         let Work::Read(s) = &task.work else { panic!("a text") };
         assert!(s.len() == 2 && s.iter().all(|s| s.len() == 64));
         assert_eq!(task.buckets.len(), 8);
         assert_eq!(task.buckets.last().unwrap().label, "56-63");
-        let short = read(&model, &TaskSpec::Ppl("x".into()), "Too short.", &sizes()).err().unwrap();
+        let short = read(&words, &TaskSpec::Ppl("x".into()), "Too short.", &sizes()).err().unwrap();
         assert!(short.to_string().contains("--ppl-length"), "{short}");
     }
 

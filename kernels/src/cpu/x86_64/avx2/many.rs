@@ -3,8 +3,10 @@
 //! cache, the unpacked tile in the second.
 
 use super::Unpack;
+use crate::KernelError;
 use crate::cpu::quantized::Block;
 use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
+use crate::cpu::scratch::grow;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
@@ -63,13 +65,12 @@ pub const fn scratch_bytes(groups: usize) -> usize {
 }
 
 /// Allocates them.
-pub fn reserve(groups: usize) {
+pub fn reserve(groups: usize) -> Result<(), KernelError> {
     let [tile, lanes] = sizes(groups);
     SCRATCH.with_borrow_mut(|s| {
-        s.tile.reserve_exact(tile.saturating_sub(s.tile.len()));
-        s.tile.resize(tile.max(s.tile.len()), Line([0; 64]));
-        s.lanes.resize(lanes, Line([0; 64]));
-    });
+        grow(&mut s.tile, tile, Line([0; 64]))?;
+        grow(&mut s.lanes, lanes, Line([0; 64]))
+    })
 }
 
 /// `sc * (q - offset)` for 32 bytes with one scale per 16.

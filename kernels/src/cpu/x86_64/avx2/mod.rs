@@ -16,6 +16,7 @@ pub use many::many;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
 pub use several::several;
 
+use crate::KernelError;
 use crate::cpu::quantized::BLOCK;
 use std::arch::x86_64::*;
 
@@ -26,10 +27,10 @@ pub fn scratch_bytes(max_in: usize) -> usize {
 }
 
 /// Allocates them, for the calling thread.
-pub fn reserve(max_in: usize) {
+pub fn reserve(max_in: usize) -> Result<(), KernelError> {
     let groups = max_in.div_ceil(BLOCK);
-    many::reserve(groups);
-    several::reserve(groups);
+    many::reserve(groups)?;
+    several::reserve(groups)
 }
 
 /// The final sum of eight lanes.

@@ -2,8 +2,10 @@
 //! and multiplied by the columns at hand: no sums across lanes are left. Products are added in 16 bits as long as they fit.
 
 use super::{Unpack, tree};
+use crate::KernelError;
 use crate::cpu::quantized::Block;
 use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
+use crate::cpu::scratch::grow;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
@@ -49,11 +51,8 @@ pub const fn scratch_bytes(groups: usize) -> usize {
 }
 
 /// Allocates them.
-pub fn reserve(groups: usize) {
-    SCRATCH.with_borrow_mut(|s| {
-        s.reserve_exact((groups * COLUMNS).saturating_sub(s.len()));
-        s.resize(s.len().max(groups * COLUMNS), Group::ZERO);
-    });
+pub fn reserve(groups: usize) -> Result<(), KernelError> {
+    SCRATCH.with_borrow_mut(|s| grow(s, groups * COLUMNS, Group::ZERO))
 }
 
 /// Dword k of register b to dword b of register k.

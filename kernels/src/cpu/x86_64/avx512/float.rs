@@ -2,7 +2,9 @@
 //! `array::map` would not be inlined, since `map` itself is compiled without the instruction set.)
 
 use super::tree;
+use crate::KernelError;
 use crate::cpu::scalar::{self, Float};
+use crate::cpu::scratch::grow;
 use std::arch::x86_64::*;
 
 /// A float format these kernels can read.
@@ -213,16 +215,16 @@ const LANES_LINES: usize = 2 * ROWS * COLUMNS;
 pub const SCRATCH_BYTES: usize = (W_LINES + X_LINES + LANES_LINES) * size_of::<Half>();
 
 impl Scratch {
-    fn fill(&mut self) {
-        self.w.resize(W_LINES, Half([0.0; 16]));
-        self.x.resize(X_LINES, Half([0.0; 16]));
-        self.lanes.resize(LANES_LINES, Half([0.0; 16]));
+    fn fill(&mut self) -> Result<(), KernelError> {
+        grow(&mut self.w, W_LINES, Half([0.0; 16]))?;
+        grow(&mut self.x, X_LINES, Half([0.0; 16]))?;
+        grow(&mut self.lanes, LANES_LINES, Half([0.0; 16]))
     }
 }
 
 /// Allocates them.
-pub fn reserve() {
-    SCRATCH.with_borrow_mut(Scratch::fill);
+pub fn reserve() -> Result<(), KernelError> {
+    SCRATCH.with_borrow_mut(Scratch::fill)
 }
 
 /// Adds `steps` steps of `R` rows times `C` columns to one half of their lanes: half the lanes at a time, so that a register
@@ -279,7 +281,7 @@ pub unsafe fn many<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f
     let n = w.len() / row_bytes;
     let len = row_bytes / F::BYTES;
     let mut s = SCRATCH.replace(Scratch { w: vec![], x: vec![], lanes: vec![] });
-    s.fill();
+    s.fill().expect("reserved when a session opened, else small");
     for r0 in (0..n).step_by(ROWS) {
         let rows = ROWS.min(n - r0);
         for c0 in (0..x.len()).step_by(COLUMNS) {

@@ -4,7 +4,9 @@
 
 use super::Unpack;
 use super::tile::{Line, ROWS, lines, shape, unpack};
+use crate::KernelError;
 use crate::cpu::quantized::Block;
+use crate::cpu::scratch::grow;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
@@ -38,13 +40,12 @@ pub const fn scratch_bytes(groups: usize) -> usize {
 }
 
 /// Allocates them.
-pub fn reserve(groups: usize) {
+pub fn reserve(groups: usize) -> Result<(), KernelError> {
     let [tile, lanes] = sizes(groups);
     SCRATCH.with_borrow_mut(|s| {
-        s.tile.reserve_exact(tile.saturating_sub(s.tile.len()));
-        s.tile.resize(tile.max(s.tile.len()), Line([0; 64]));
-        s.lanes.resize(lanes, Line([0; 64]));
-    });
+        grow(&mut s.tile, tile, Line([0; 64]))?;
+        grow(&mut s.lanes, lanes, Line([0; 64]))
+    })
 }
 
 /// Adds steps `FROM..TO` (four values each) of a sub-block to the sums: `w` its lines, `a` its activations.

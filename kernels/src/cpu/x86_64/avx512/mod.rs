@@ -18,6 +18,7 @@ pub use many::many;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
 pub use several::several;
 
+use crate::KernelError;
 use crate::cpu::quantized::BLOCK;
 use std::arch::x86_64::*;
 
@@ -28,11 +29,11 @@ pub fn scratch_bytes(max_in: usize) -> usize {
 }
 
 /// Allocates them, for the calling thread.
-pub fn reserve(max_in: usize) {
+pub fn reserve(max_in: usize) -> Result<(), KernelError> {
     let groups = max_in.div_ceil(BLOCK);
-    many::reserve(groups);
-    several::reserve(groups);
-    float::reserve();
+    many::reserve(groups)?;
+    several::reserve(groups)?;
+    float::reserve()
 }
 
 /// The final sum of eight lanes.

@@ -3,8 +3,10 @@
 
 use super::runs::{Runs, transpose, two};
 use super::tree;
+use crate::KernelError;
 use crate::cpu::quantized::Block;
 use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
+use crate::cpu::scratch::grow;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
@@ -41,11 +43,8 @@ pub const fn scratch_bytes(groups: usize) -> usize {
 }
 
 /// Allocates them.
-pub fn reserve(groups: usize) {
-    SCRATCH.with_borrow_mut(|s| {
-        s.reserve_exact((groups * COLUMNS).saturating_sub(s.len()));
-        s.resize(s.len().max(groups * COLUMNS), Group::ZERO);
-    });
+pub fn reserve(groups: usize) -> Result<(), KernelError> {
+    SCRATCH.with_borrow_mut(|s| grow(s, groups * COLUMNS, Group::ZERO))
 }
 
 /// Where run i of 16 (in order) has its lane.
