@@ -4,10 +4,11 @@ use crate::cmd::plan::refusal;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use engine::gguf::{File, OpenMode};
+use engine::pager::PagerOptions;
 use engine::plan::{
     Access, Change, Device, Fit, Machine, PlanModel, PlanOptions, Rules, available_memory, fit,
 };
-use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Session, SessionOptions};
+use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Numa, Session, SessionOptions};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,8 +28,17 @@ pub enum Source {
 #[derive(Clone, Debug)]
 pub struct LoadConfig {
     pub source: Source,
-    pub mmap: bool,
+    pub memory: MemoryConfig,
     pub threads: usize,
+}
+
+/// How weights get into memory, and stay there.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MemoryConfig {
+    pub access: Access,
+    /// Bytes of the experts used most.
+    pub pin_experts: u64,
+    pub numa: Option<Numa>,
 }
 
 /// A session's size as asked for.
@@ -142,7 +152,7 @@ impl LoadConfig {
                 let s = &w.options.session;
                 (session.ctx, session.batch) = (Some(s.ctx), s.batch);
                 (session.cache_k, session.cache_v) = (s.cache_k, s.cache_v);
-                self.mmap = w.options.access != Access::Read;
+                self.memory.access = w.options.access;
                 Ok(())
             }
         }
@@ -172,8 +182,8 @@ impl LoadConfig {
         memory: u64,
     ) -> Result<Option<Fit>> {
         let session = session.options(session.ctx(model.ctx_train())?);
-        let access = if self.mmap { Access::Mapped } else { Access::Read };
-        let options = PlanOptions { session, parallel, access, threads: self.threads };
+        let MemoryConfig { access, pin_experts: pinned, .. } = self.memory;
+        let options = PlanOptions { session, parallel, access, pinned, threads: self.threads };
         let machine = Machine { memory, gpus: Vec::new() };
         // What no session accepts is reported where one is opened, as without a plan.
         let found = fit(model, &options, &machine, &Rules::default()).ok();
@@ -195,7 +205,15 @@ impl LoadConfig {
                 }
             })
         });
-        let options = LoadOptions { mmap: self.mmap, threads: self.threads, ..Default::default() };
+        if let Some(numa) = self.memory.numa {
+            numa.apply()?;
+        }
+        let options = LoadOptions {
+            mmap: self.memory.access != Access::Read,
+            lock: self.memory.access == Access::Locked,
+            pager: PagerOptions { pin: self.memory.pin_experts, memory: None },
+            threads: self.threads,
+        };
         let model = match &self.source {
             Source::File(p) => Model::load(p, &options),
             Source::Demo => Model::load_static(crate::demo::NAME, crate::demo::bytes(), &options),

@@ -23,6 +23,7 @@ use crate::model::{self, Network};
 use crate::pager::{Pager, PagerOptions};
 use crate::sample::{Constraint, Sampler};
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
+use crate::usage::{MemoryReport, Usage};
 use kernels::Device;
 use kernels::cpu::CpuBackend;
 use quant::DType;
@@ -369,6 +370,19 @@ impl Session {
     /// share.
     pub fn scratch_bytes(&self) -> usize {
         self.context.scratch_bytes() + 4 * self.model().info().n_vocab
+    }
+
+    /// What is in memory, and what was read again and again.
+    pub fn memory(&self) -> MemoryReport {
+        let cache = self.context.cache();
+        let ((held, all), bytes) = (cache.entries(), cache.bytes() as u64);
+        MemoryReport {
+            paging: self.model().pager().stats(),
+            kv_used: if all == 0 { 0 } else { (u128::from(bytes) * held as u128 / all as u128) as u64 },
+            kv_reserved: bytes,
+            evicted: self.evicted() as u64,
+            usage: Usage::now(),
+        }
     }
 
     /// Bytes of the cache.

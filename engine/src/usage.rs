@@ -1,6 +1,7 @@
 //! What the system counts of this process: resident memory, page faults, bytes read from disk. Linux only; elsewhere nothing is
 //! known. Knows nothing of models.
 
+use crate::pager::Paging;
 use std::fs::read_to_string;
 
 /// Figures of this process.
@@ -53,6 +54,21 @@ impl Usage {
             ..self
         }
     }
+}
+
+/// The memory of a session and its model, and what keeping within it costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryReport {
+    /// Mapped weights, and what was done for them.
+    pub paging: Paging,
+    /// Bytes of cache in blocks that sequences hold.
+    pub kv_used: u64,
+    /// Bytes of cache allocated.
+    pub kv_reserved: u64,
+    /// Tokens that the cache has let go of.
+    pub evicted: u64,
+    /// The process; `None` where the system does not say.
+    pub usage: Option<Usage>,
 }
 
 /// A line of /proc in kB, in bytes.

@@ -31,13 +31,18 @@ def main():
     def decode(i):
         p.decode([(i * 7919 + 13) % p.vocab_size], i, False)
 
-    for i in range(a.warm):
-        decode(i)
+    def run(first, count):
+        """Decode at most so many tokens in at most so many seconds; how many it were."""
+        start, done = time.perf_counter(), 0
+        while done < count and time.perf_counter() - start < a.seconds:
+            decode(first + done)
+            done += 1
+        return done
+
+    warm = run(0, a.warm)
     read, faults = counts()
-    start, done = time.perf_counter(), 0
-    while done < a.tokens and time.perf_counter() - start < a.seconds:
-        decode(a.warm + done)
-        done += 1
+    start = time.perf_counter()
+    done = run(warm, a.tokens)
     seconds = time.perf_counter() - start
     read_now, faults_now = counts()
     print(json.dumps(dict(tokens=done, seconds=seconds, read=read_now - read, faults=faults_now - faults)))

@@ -75,7 +75,7 @@ fn check(path: &Path, c: &Case) {
     let (planned, policy) = {
         let m = PlanModel::open(path).expect("headers");
         let access = if c.mmap { Access::Mapped } else { Access::Read };
-        let o = PlanOptions { session: session.clone(), parallel: 1, access, threads: 2 };
+        let o = PlanOptions { session: session.clone(), parallel: 1, access, pinned: 0, threads: 2 };
         let needs = m.needs(&o).expect("possible options");
         let l = Load {
             weights: m.weights(),
@@ -84,6 +84,7 @@ fn check(path: &Path, c: &Case) {
             needs: &needs,
             access,
             parallel: 1,
+            pinned: 0,
         };
         let p = place(l, &Machine { memory: u64::MAX, gpus: vec![] }, &Rules::default());
         // Nothing here samples.

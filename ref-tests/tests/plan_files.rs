@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 fn options() -> PlanOptions {
     let session = SessionOptions { ctx: 2048, cache_k: DType::Q8_0, ..SessionOptions::default() };
-    PlanOptions { session, parallel: 3, access: Access::Mapped, threads: 4 }
+    PlanOptions { session, parallel: 3, access: Access::Mapped, pinned: 0, threads: 4 }
 }
 
 /// Weights by name, and what there is besides.

@@ -76,7 +76,7 @@ impl Choice {
 /// The best type of which all weights find room, or the smallest.
 fn choose(models: &[(Target, PlanModel)], machine: &Machine) -> Result<Option<Choice>> {
     let session = SessionOptions { ctx: CTX, ..SessionOptions::default() };
-    let options = PlanOptions { session, parallel: 1, access: Access::Mapped, threads: 8 };
+    let options = PlanOptions { session, parallel: 1, access: Access::Mapped, pinned: 0, threads: 8 };
     let mut last = None;
     for (target, model) in models {
         let found = fit(model, &options, machine, &Rules::default())?;

@@ -1,6 +1,6 @@
 //! Arguments of `bench`: llama-bench's, every number a list (`a,b`) or range (`first-last+step`, `first-last*factor`).
 
-use super::shared::{KvArg, cores, parse_cache_type};
+use super::shared::{KvArg, MemoryArgs, cores, parse_cache_type};
 use crate::cmd::bench::{Config, Format, Setup, Test};
 use crate::model::Source;
 use anyhow::Result;
@@ -62,9 +62,8 @@ pub struct BenchArgs {
     ctv: Vec<DType>,
     #[command(flatten)]
     kv: KvArg,
-    /// Read the file into memory instead of mapping it
-    #[arg(long)]
-    no_mmap: bool,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Show progress on stderr
     #[arg(long, short)]
     verbose: bool,
@@ -92,8 +91,8 @@ impl BenchArgs {
                         self.ctk.iter().flat_map(|k| self.ctv.iter().map(move |v| (k, v)))
                     {
                         let (source, kv) = (source.clone(), self.kv.get());
-                        let mmap = !self.no_mmap;
-                        setups.push(Setup { source, mmap, threads, batch, cache_k, cache_v, kv });
+                        let memory = self.memory.resolve();
+                        setups.push(Setup { source, memory, threads, batch, cache_k, cache_v, kv });
                     }
                 }
             }

@@ -1,11 +1,11 @@
 //! Arguments of `plan`, and those of placement and fitting that other commands share.
 
-use super::shared::{BatchArg, CacheArgs, LoadArgs, ModelArgs};
+use super::shared::{BatchArg, CacheArgs, LoadArgs, ModelArgs, size};
 use crate::cmd::plan::Config;
 use crate::model::Placement;
 use clap::Args;
 use engine::DType;
-use engine::plan::{Access, Device, Gpu};
+use engine::plan::{Device, Gpu};
 use regex::Regex;
 
 /// Show where every byte would go, before anything is loaded
@@ -30,9 +30,6 @@ pub struct PlanArgs {
     batch: BatchArg,
     #[command(flatten)]
     load: LoadArgs,
-    /// Plan for weights that are kept in memory
-    #[arg(long, conflicts_with = "no_mmap")]
-    mlock: bool,
     #[command(flatten)]
     cache: CacheArgs,
     /// Memory of the host, such as 16GiB [default: what this machine has left, control groups counted]
@@ -90,16 +87,10 @@ impl PlacementArgs {
 impl PlanArgs {
     pub fn resolve(self) -> anyhow::Result<Config> {
         let load = self.load.resolve(self.model.source()?);
-        let access = match (load.mmap, self.mlock) {
-            (false, _) => Access::Read,
-            (_, true) => Access::Locked,
-            _ => Access::Mapped,
-        };
         Ok(Config {
             session: self.cache.session(self.ctx_size, self.batch.get(), DType::F16),
             load,
             parallel: self.parallel as usize,
-            access,
             memory: self.memory,
             gpus: self.gpu,
             place: self.place.resolve(),
@@ -107,23 +98,6 @@ impl PlanArgs {
             json: self.json,
         })
     }
-}
-
-/// Bytes: `16GiB`, `512M`, `1.5g`, `1000000`. Units are binary, as memory is sold.
-fn size(s: &str) -> Result<u64, String> {
-    let wrong = || format!("{s:?} is no size such as 16GiB");
-    let at = s.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(s.len());
-    let (number, unit) = (s[..at].parse::<f64>().map_err(|_| wrong())?, s[at..].trim().to_ascii_lowercase());
-    let shift = match unit.strip_suffix("ib").or(unit.strip_suffix('b')).unwrap_or(&unit) {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(wrong()),
-    };
-    let bytes = number * (1u64 << shift) as f64;
-    if bytes < (1u64 << 60) as f64 { Ok(bytes as u64) } else { Err(wrong()) }
 }
 
 fn gpu(s: &str) -> Result<Gpu, String> {

@@ -128,7 +128,7 @@ impl ServeArgs {
             host,
             models: self.model,
             threads: if threads.threads == 0 { cores() } else { threads.threads },
-            mmap: threads.mmap,
+            memory: threads.memory,
             ctx: self.ctx_size.or_else(|| number("OLLAMA_CONTEXT_LENGTH").and_then(not_zero)),
             batch: self.batch_size as usize,
             chunk: self.chunk.max(1),

@@ -1,10 +1,11 @@
 //! Groups of options that several commands share, and how their values are read.
 
-use crate::model::{LoadConfig, SessionConfig, Source};
+use crate::model::{LoadConfig, MemoryConfig, SessionConfig, Source};
 use crate::store::parameters::Parameters;
 use anyhow::Result;
 use clap::Args;
-use engine::{DType, KvSpec, SamplerOptions};
+use engine::plan::Access;
+use engine::{DType, KvSpec, Numa, SamplerOptions};
 
 /// MODEL, as the first free argument or with `-m`.
 #[derive(Args)]
@@ -30,9 +31,45 @@ pub struct LoadArgs {
     /// Compute threads [default: all cores]
     #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024), value_name = "N")]
     threads: Option<u16>,
+    #[command(flatten)]
+    memory: MemoryArgs,
+}
+
+/// How weights get into memory, and stay there.
+#[derive(Args)]
+pub struct MemoryArgs {
     /// Read the file into memory instead of mapping it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "mlock")]
     no_mmap: bool,
+    /// Keep the mapped file in memory, all of it
+    #[arg(long, alias = "use-mlock")]
+    mlock: bool,
+    /// Of a model larger than memory keep the experts used most, so many bytes of them (4GiB)
+    #[arg(long, default_value = "0", value_name = "SIZE", value_parser = size, conflicts_with_all = ["no_mmap", "mlock"])]
+    pin_experts: u64,
+    /// On a machine with several memory nodes: deal pages to all (distribute), stay on one (isolate), as started (numactl)
+    #[arg(long, value_name = "HOW", value_parser = numa)]
+    numa: Option<Numa>,
+}
+
+impl MemoryArgs {
+    pub fn resolve(&self) -> MemoryConfig {
+        let access = match (self.no_mmap, self.mlock) {
+            (true, _) => Access::Read,
+            (_, true) => Access::Locked,
+            _ => Access::Mapped,
+        };
+        MemoryConfig { access, pin_experts: self.pin_experts, numa: self.numa }
+    }
+}
+
+fn numa(s: &str) -> Result<Numa, String> {
+    match s {
+        "distribute" => Ok(Numa::Distribute),
+        "isolate" => Ok(Numa::Isolate),
+        "numactl" => Ok(Numa::Numactl),
+        _ => Err("possible: distribute, isolate, numactl".into()),
+    }
 }
 
 impl LoadArgs {
@@ -42,12 +79,32 @@ impl LoadArgs {
 
     /// As [`LoadArgs::resolve`]; what the command line leaves out is what a stored model says.
     pub fn resolve_of(&self, p: &Parameters, source: Source) -> LoadConfig {
-        let mmap = !self.no_mmap && p.boolean("use_mmap").unwrap_or(true);
+        let mut memory = self.memory.resolve();
+        if memory.access == Access::Mapped && p.boolean("use_mmap") == Some(false) {
+            memory.access = Access::Read;
+        }
         let stored =
             p.int("num_thread").and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1024).contains(n));
         let threads = self.threads.map(usize::from).or(stored).unwrap_or_else(cores);
-        LoadConfig { source, mmap, threads }
+        LoadConfig { source, memory, threads }
     }
+}
+
+/// Bytes: `16GiB`, `512M`, `1.5g`, `1000000`. Units are binary, as memory is sold.
+pub fn size(s: &str) -> Result<u64, String> {
+    let wrong = || format!("{s:?} is no size such as 16GiB");
+    let at = s.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(s.len());
+    let (number, unit) = (s[..at].parse::<f64>().map_err(|_| wrong())?, s[at..].trim().to_ascii_lowercase());
+    let shift = match unit.strip_suffix("ib").or(unit.strip_suffix('b')).unwrap_or(&unit) {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * (1u64 << shift) as f64;
+    if bytes < (1u64 << 60) as f64 { Ok(bytes as u64) } else { Err(wrong()) }
 }
 
 /// Cores that the process may use.

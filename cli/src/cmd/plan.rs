@@ -4,7 +4,7 @@ use crate::model::{LoadConfig, Placement, SessionConfig};
 use crate::output;
 use anyhow::{Result, bail};
 use engine::plan::{
-    Access, Device, DevicePlan, Fit, Gpu, Machine, Part, Plan, PlanModel, PlanOptions, available_memory, fit,
+    Device, DevicePlan, Fit, Gpu, Machine, Part, Plan, PlanModel, PlanOptions, available_memory, fit,
 };
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -14,7 +14,6 @@ pub struct Config {
     pub load: LoadConfig,
     pub session: SessionConfig,
     pub parallel: usize,
-    pub access: Access,
     /// `None`: what this machine has left.
     pub memory: Option<u64>,
     pub gpus: Vec<Gpu>,
@@ -32,7 +31,8 @@ pub fn run(c: &Config) -> Result<()> {
     let options = PlanOptions {
         session: c.session.options(c.session.ctx(model.ctx_train())?),
         parallel: c.parallel,
-        access: c.access,
+        access: c.load.memory.access,
+        pinned: c.load.memory.pin_experts,
         threads: c.load.threads,
     };
     let found = fit(&model, &options, &machine, &c.place.rules(&model, &machine)?)?;
@@ -70,7 +70,7 @@ pub fn device_json(d: &DevicePlan) -> Value {
         "device": device_name(d.device), "size_bytes": d.size, "weights": weights, "kv_bytes": d.kv,
         "activation_bytes": d.activations, "scratch_bytes": d.scratch, "sampling_bytes": d.sampling,
         "host_bytes": d.host, "policy_bytes": d.policy, "resident_bytes": d.resident(), "mapped_bytes": d.mapped(),
-        "left_bytes": d.left(), "streamed_bytes": d.streamed(), "shortfall_bytes": d.shortfall(),
+        "kept_bytes": if d.locked { d.mapped() } else { d.pinned }, "left_bytes": d.left(), "streamed_bytes": d.streamed(), "shortfall_bytes": d.shortfall(),
     })
 }
 
@@ -166,6 +166,7 @@ fn as_text(
     row("host", &|d| size(d.host))?;
     row("in memory", &|d| output::bytes(d.resident()))?;
     row("mapped", &|d| size(d.mapped()))?;
+    row("must stay", &|d| if d.locked { output::bytes(d.mapped()) } else { size(d.pinned) })?;
     row("left", &|d| {
         if d.shortfall() > 0 {
             format!("{} short", output::bytes(d.shortfall()))

@@ -1,6 +1,7 @@
 //! What `rsinfer serve` was told, resolved: flags, environment, defaults. Knows nothing of requests.
 
 use super::duration::KeepAlive;
+use crate::model::MemoryConfig;
 use engine::{DType, KvSpec};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ pub struct Config {
     pub models: Vec<std::path::PathBuf>,
     /// Compute threads.
     pub threads: usize,
-    pub mmap: bool,
+    pub memory: MemoryConfig,
     /// Context of a sequence where a request does not say; `None`: what the model was trained for, at most 4096.
     pub ctx: Option<usize>,
     /// Rows of a pass.

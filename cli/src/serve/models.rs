@@ -11,7 +11,7 @@ use crate::cmd::plan::refusal;
 use crate::memory::Resident;
 use crate::model::{LoadConfig, Source};
 use crate::store::Resolved;
-use engine::plan::{Access, DevicePlan, Machine, PlanModel, PlanOptions, Rules, Way, available_memory, fit};
+use engine::plan::{DevicePlan, Machine, PlanModel, PlanOptions, Rules, Way, available_memory, fit};
 use engine::text::ChatTemplate;
 use engine::{Context, KvSpec, SessionOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -243,7 +243,7 @@ impl Models {
     async fn headers(&self, model: &Resolved, wish: &LoadWish) -> Result<(PlanModel, LoadConfig), Failure> {
         let load = LoadConfig {
             source: model.source.clone(),
-            mmap: wish.mmap.unwrap_or(self.config.mmap),
+            memory: wish.memory(self.config.memory),
             threads: wish.threads.unwrap_or(self.config.threads).min(1024),
         };
         let read = tokio::task::spawn_blocking(move || load.headers().map(|h| (h, load)));
@@ -310,7 +310,8 @@ impl Models {
         let mut options = PlanOptions {
             session,
             parallel: c.parallel,
-            access: if load.mmap { Access::Mapped } else { Access::Read },
+            access: load.memory.access,
+            pinned: load.memory.pin_experts,
             threads: load.threads,
         };
         options.session.kv = self.keep(wish, ctx);

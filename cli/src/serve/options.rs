@@ -1,6 +1,8 @@
 //! Options of a request or a Modelfile, by Ollama's names (and llama.cpp's, where Ollama has none). Knows nothing of routes.
 
 use super::failure::Failure;
+use crate::model::MemoryConfig;
+use engine::plan::Access;
 use engine::{KvSpec, SamplerOptions};
 use serde_json::{Map, Value};
 
@@ -26,7 +28,21 @@ pub struct LoadWish {
     pub kv: Option<KvSpec>,
     pub batch: Option<usize>,
     pub mmap: Option<bool>,
+    pub mlock: Option<bool>,
     pub threads: Option<usize>,
+}
+
+impl LoadWish {
+    /// How weights get into memory, where the server was told `m`.
+    pub fn memory(&self, m: MemoryConfig) -> MemoryConfig {
+        let access = match (self.mmap, self.mlock) {
+            (Some(false), _) => Access::Read,
+            (_, Some(true)) => Access::Locked,
+            (Some(true), _) | (_, Some(false)) => Access::Mapped,
+            _ => m.access,
+        };
+        MemoryConfig { access, ..m }
+    }
 }
 
 impl Options {
@@ -84,6 +100,7 @@ impl Options {
             "num_ctx" => self.load.ctx = Some(size(name, value)?),
             "num_batch" => self.load.batch = Some(size(name, value)?),
             "num_thread" => self.load.threads = Some(size(name, value)?).filter(|n| *n > 0),
+            "use_mlock" => self.load.mlock = Some(boolean(name, value)?),
             "use_mmap" => self.load.mmap = Some(boolean(name, value)?),
             "kv" => {
                 let text = value.as_str().ok_or_else(|| wrong(name, "string"))?;
@@ -94,8 +111,8 @@ impl Options {
             "num_gpu" | "main_gpu" | "num_keep" | "draft_num_predict" => {
                 int(name, value)?;
             }
-            "penalize_newline" | "low_vram" | "f16_kv" | "logits_all" | "vocab_only" | "use_mlock"
-            | "numa" | "mirostat" | "mirostat_tau" | "mirostat_eta" => {
+            "penalize_newline" | "low_vram" | "f16_kv" | "logits_all" | "vocab_only" | "numa"
+            | "mirostat" | "mirostat_tau" | "mirostat_eta" => {
                 tracing::warn!(option = name, "this option is no longer of any effect");
             }
             _ => return Ok(false),

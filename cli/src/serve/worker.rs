@@ -504,6 +504,11 @@ impl<'a> Engine<'a> {
         metrics::gauge!("rsinfer_requests_waiting").set(waiting as f64);
         metrics::gauge!("rsinfer_kv_entries_used").set(kv.0 as f64);
         metrics::gauge!("rsinfer_kv_entries").set(kv.1 as f64);
+        let paging = self.passes.context().model().pager().stats();
+        metrics::gauge!("rsinfer_weights_mapped_bytes").set(paging.mapped as f64);
+        metrics::gauge!("rsinfer_experts_resident_bytes").set(paging.experts_here as f64);
+        metrics::gauge!("rsinfer_weights_read_ahead_bytes").set(paging.asked as f64);
+        metrics::gauge!("rsinfer_experts_given_up").set(paging.evicted as f64);
         *lock(&self.shared.status) = Status { waiting, slots, kv };
     }
 }

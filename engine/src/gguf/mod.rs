@@ -17,6 +17,8 @@ mod writer;
 pub use error::{ErrorKind, GgufError};
 pub use file::{Access, File, OpenMode};
 pub(crate) use mmap::Map;
+#[cfg(target_os = "linux")]
+pub(crate) use mmap::interleave;
 pub use summary::{Summary, TypeShare, file_type_name, size_label};
 pub use tensor::{TensorInfo, type_id_name};
 pub use value::{Array, Metadata, MetadataError, Value};

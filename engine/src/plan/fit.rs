@@ -99,6 +99,7 @@ impl Search<'_> {
             tied: m.tied(),
             needs: &needs,
             access: o.access,
+            pinned: o.pinned,
             parallel: o.parallel,
         };
         Ok(place(load, self.machine, r))

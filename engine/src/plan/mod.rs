@@ -38,6 +38,8 @@ pub struct PlanOptions {
     pub parallel: usize,
     /// How weights are read.
     pub access: Access,
+    /// Bytes of experts kept in memory (`--pin-experts`), where weights are mapped.
+    pub pinned: u64,
     /// Compute threads.
     pub threads: usize,
 }

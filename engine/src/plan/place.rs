@@ -86,6 +86,8 @@ pub struct DevicePlan {
     pub policy: u64,
     /// Mapped weights must stay in memory.
     pub locked: bool,
+    /// Bytes of mapped experts that must stay in memory.
+    pub pinned: u64,
 }
 
 impl DevicePlan {
@@ -105,9 +107,9 @@ impl DevicePlan {
         self.weights_resident() + rest
     }
 
-    /// Bytes that must fit: mapped weights need not, unless they are locked.
+    /// Bytes that must fit: mapped weights need not, unless they are locked or pinned.
     pub fn required(&self) -> u64 {
-        self.resident() + if self.locked { self.mapped() } else { 0 }
+        self.resident() + if self.locked { self.mapped() } else { self.pinned }
     }
 
     /// Bytes missing.
@@ -184,6 +186,8 @@ pub struct Load<'a> {
     pub needs: &'a Needs,
     /// How weights get into memory.
     pub access: Access,
+    /// Bytes of mapped experts that must stay in memory.
+    pub pinned: u64,
     /// Sequences.
     pub parallel: usize,
 }
@@ -260,6 +264,7 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
         host: 0,
         policy: 0,
         locked: l.access == Access::Locked && device == Device::Cpu,
+        pinned: 0,
     };
     let mut devices = vec![empty(Device::Cpu, m.memory)];
     devices.extend(m.gpus.iter().enumerate().map(|(i, g)| empty(Device::Gpu(i), g.bytes)));
@@ -304,6 +309,7 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
             d.scratch = l.needs.scratch;
         }
     }
+    devices[0].pinned = l.pinned.min(devices[0].weights[Part::Experts as usize].mapped);
     devices[0].sampling = l.needs.sampling;
     devices[0].host = l.needs.host;
     devices[0].policy = l.needs.policy;

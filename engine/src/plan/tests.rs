@@ -66,7 +66,15 @@ fn rules() -> impl Strategy<Value = Rules> {
 }
 
 fn load(m: &Model, access: Access) -> Load<'_> {
-    Load { weights: &m.weights, layers: m.layers, tied: m.tied, needs: &m.needs, access, parallel: 1 }
+    Load {
+        weights: &m.weights,
+        layers: m.layers,
+        tied: m.tied,
+        needs: &m.needs,
+        access,
+        pinned: 0,
+        parallel: 1,
+    }
 }
 
 proptest! {
@@ -174,6 +182,7 @@ fn experts_leave_a_gpu_first_and_named_tensors_go_where_they_should() {
         tied: false,
         needs: &needs,
         access: Access::Mapped,
+        pinned: 0,
         parallel: 1,
     };
     let machine = |bytes| Machine { memory: 1000, gpus: vec![Gpu { bytes, display: false }] };

@@ -6,7 +6,7 @@ mod measure;
 mod report;
 
 use crate::memory::Resident;
-use crate::model::{LoadConfig, SessionConfig, Source};
+use crate::model::{LoadConfig, MemoryConfig, SessionConfig, Source};
 use crate::output;
 use anyhow::Result;
 use engine::gguf::Summary;
@@ -42,7 +42,7 @@ pub enum Format {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Setup {
     pub source: Source,
-    pub mmap: bool,
+    pub memory: MemoryConfig,
     pub threads: usize,
     pub batch: usize,
     pub cache_k: DType,
@@ -148,12 +148,12 @@ pub fn run(c: &Config) -> Result<()> {
     let mut loaded: Option<(Setup, Arc<Model>)> = None;
     for setup in &c.setups {
         let reuse =
-            |s: &Setup| s.source == setup.source && s.mmap == setup.mmap && s.threads == setup.threads;
+            |s: &Setup| s.source == setup.source && s.memory == setup.memory && s.threads == setup.threads;
         let model = match loaded.take() {
             Some((s, model)) if reuse(&s) => model,
             _ => {
                 let load =
-                    LoadConfig { source: setup.source.clone(), mmap: setup.mmap, threads: setup.threads };
+                    LoadConfig { source: setup.source.clone(), memory: setup.memory, threads: setup.threads };
                 load.plan_all(c.tests.iter().map(|t| (setup.session(t.tokens()), t.sequences)))?;
                 load.load()?.0
             }

@@ -22,7 +22,7 @@ fn fields(o: &Outcome) -> Vec<(&'static str, Value)> {
         ("type_k", s.cache_k.name().into()),
         ("type_v", s.cache_v.name().into()),
         ("kv_policy", s.kv.to_string().into()),
-        ("use_mmap", s.mmap.into()),
+        ("use_mmap", (s.memory.access != engine::plan::Access::Read).into()),
         ("n_prompt", t.prompt.into()),
         ("n_gen", t.generated.into()),
         ("n_depth", t.depth.into()),

@@ -2,14 +2,14 @@
 //! is not computed again (`Session::generate` finds the common prefix). Knows nothing of line editing.
 
 use super::display::Display;
-use super::{RunConfig, ending, timings};
+use super::{RunConfig, ending, memory, timings};
 use crate::chat;
 use crate::serve::constrain::{Begin, Format, Grammars};
 use crate::trace::Trace;
 use anyhow::{Context, Result};
 use engine::text::thinking::{Part, Splitter, ThinkTags};
 use engine::text::{ChatTemplate, EncodeOptions};
-use engine::{Constraint, FinishReason, Generated, Model, Sampler, Session};
+use engine::{Constraint, FinishReason, Generated, Model, Sampler, Session, Usage};
 use serde_json::{Map, Value, json};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -27,6 +27,8 @@ pub struct Conversation {
     /// What answers are held to, and the grammars of the vocabulary.
     format: Option<(Format, Grammars)>,
     load_time: Duration,
+    /// The process before the last answer.
+    usage: Option<Usage>,
 }
 
 impl Conversation {
@@ -66,7 +68,7 @@ impl Conversation {
         };
         let session = config.session.open(&model, ctx)?;
         let messages = config.chat.messages.clone();
-        let c = Self { config, model, template, messages, session, sampler, format, load_time };
+        let c = Self { config, model, template, messages, session, sampler, format, load_time, usage: None };
         if c.config.verbose {
             c.announce();
         }
@@ -152,6 +154,7 @@ impl Conversation {
 
     fn answer(&mut self, cancelled: impl Fn() -> bool) -> Result<Generated> {
         let (ids, rendered) = self.prompt()?;
+        self.usage = Usage::now();
         let tags = self.template.think_tags().filter(|_| !self.config.raw);
         let mut options = self.config.generate.clone();
         options.show = tags.map(|t| t.tokens(self.model.vocab())).unwrap_or_default();
@@ -223,6 +226,7 @@ impl Conversation {
             let cache = self.model.read_bytes(&options, depth).unwrap_or(0);
             let read = info.read_bytes_per_token as f64 + cache as f64;
             eprint!("\n{}", timings(done, std::mem::take(&mut self.load_time), read));
+            eprint!("{}", memory(&self.session.memory(), self.usage, done));
         } else if done.evicted_tokens > 0 {
             eprintln!("note: {} tokens were evicted by {}", done.evicted_tokens, done.policy);
         }

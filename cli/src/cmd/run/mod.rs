@@ -11,7 +11,8 @@ use crate::serve::constrain::Format;
 use crate::trace::Trace;
 use anyhow::Result;
 use conversation::Conversation;
-use engine::{FinishReason, GenerateOptions, Generated, SamplerOptions};
+use engine::pager::Paging;
+use engine::{FinishReason, GenerateOptions, Generated, MemoryReport, SamplerOptions, Usage};
 use serde_json::{Map, Value};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -101,6 +102,35 @@ fn timings(g: &Generated, load: Duration, read_bytes: f64) -> String {
     lines.push(("evicted:", format!("{} token(s) by {}", g.evicted_tokens, g.policy)));
     if passes > 0 {
         lines.push(("read rate:", format!("{:.2} GB/s of weights and cache", decode * read_bytes / 1e9)));
+    }
+    lines.iter().map(|(name, value)| format!("{name:<22}{value}\n")).collect()
+}
+
+/// Lines of `--verbose` about memory; `before`: the process before the answer.
+fn memory(m: &MemoryReport, before: Option<Usage>, g: &Generated) -> String {
+    let mut lines = Vec::new();
+    let size = output::bytes;
+    if let Some(u) = m.usage {
+        let room = m.paging.memory.map_or(String::new(), |r| format!(", {} of memory for them", size(r)));
+        let weights = format!("{} mapped, {} resident{room}", size(m.paging.mapped), size(u.resident_file));
+        lines.push(("weights:", weights));
+        lines.push(("other memory:", size(u.resident_anon)));
+    }
+    lines.push(("kv cache:", format!("{} of {} used", size(m.kv_used), size(m.kv_reserved))));
+    if m.paging.chosen > 0 {
+        let Paging { chosen, missed, evicted, pinned, locked, .. } = m.paging;
+        let pins = match (pinned, locked) {
+            (0, _) => String::new(),
+            (n, true) => format!(", {} pinned", size(n)),
+            (n, false) => format!(", {} pinned but not locked (ulimit -l)", size(n)),
+        };
+        lines.push(("experts:", format!("{chosen} chosen, {missed} read ahead, {evicted} given up{pins}")));
+    }
+    if let (Some(before), Some(now)) = (before, m.usage) {
+        let d = now.since(before);
+        let tokens = (g.prompt_tokens - g.cached_tokens + g.new_tokens.saturating_sub(1)).max(1) as u64;
+        lines.push(("page faults:", format!("{} that read, {} others", d.major_faults, d.minor_faults)));
+        lines.push(("read from disk:", format!("{} a token", size(d.disk_read / tokens))));
     }
     lines.iter().map(|(name, value)| format!("{name:<22}{value}\n")).collect()
 }
