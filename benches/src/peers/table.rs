@@ -43,8 +43,11 @@ pub fn markdown(r: &Results) -> String {
         r.models.iter().map(|m| m.peer_form).filter(|f| *f != PeerForm::Default).collect();
     forms.dedup();
     for form in forms {
-        let _ =
-            writeln!(out, "\n\\* {}: with its defaults it stops at an assertion on this model.", form.note());
+        let _ = writeln!(
+            out,
+            "\n\\* {}: with its defaults it ended in a crash on this model and machine.",
+            form.note()
+        );
     }
     out += "\nThe roofline: what a token needs, what the machine could do, what is reached.\n\n";
     out += "| model, type | test | a token needs | limit, tokens/s | reached | % of the limit | rounds apart |\n";
