@@ -5,6 +5,7 @@ use crate::cpu::isa::Isa;
 use crate::cpu::machine::Clock;
 use crate::cpu::matmul::{Input, multiply_with, needs_quantized};
 use crate::cpu::quantized::Quantized;
+use crate::cpu::table::SEVERAL;
 use crate::{HostBytes, View, ViewMut, Weight, Write};
 use quant::{DType, Format};
 use std::time::Instant;
@@ -127,7 +128,7 @@ pub fn time_matmul(isa: Isa, pool: &Pool, dtype: DType, rows: usize, cols: usize
     let mut rng = Rng(11);
     let one = weights(dtype, 8, cols, Fill::Even, &mut rng).repeat(rows.div_ceil(8));
     let one = &one[..rows * dtype.row_bytes(cols).expect("whole blocks")];
-    let count = if n > 8 { 1 } else { ((192 << 20) / one.len()).max(1) };
+    let count = if n > SEVERAL { 1 } else { ((768 << 20) / one.len()).max(1) };
     let w = Weight::host(dtype, count, rows, cols, HostBytes::from_vec(one.repeat(count))).expect("it fits");
     let x = rng.activations(n * cols);
     let (mut q, mut out) = (Quantized::new(), vec![0.0; n * rows]);
@@ -142,7 +143,7 @@ pub fn time_matmul(isa: Isa, pool: &Pool, dtype: DType, rows: usize, cols: usize
         }
         let input = Input { float, quantized: Some(&q) };
         multiply_with(isa, pool, &w, i % count, input, None, ViewMut::from_host(&mut out, rows), Write::Set);
-        if i >= count.min(16) || n > 8 {
+        if i >= count.min(16) || n > SEVERAL {
             best = best.min(start.seconds());
         }
         i += 1;

@@ -26,12 +26,9 @@ use std::ops::Range;
 /// Rows that the kernels for many columns take at once.
 pub const TILE: usize = 32;
 
-/// Bytes of weights that one claimed piece of work reads, about: long enough to stream, short enough to balance.
-pub const CHUNK_BYTES: usize = 64 << 10;
-
-/// The same for a single column, whose kernel reads four streams at once: each is a quarter of this and costs a few misses to
-/// begin.
-const STREAM_BYTES: usize = 256 << 10;
+/// Bytes of weights that one claimed piece of work for few columns reads, about: their kernels read four streams at once, each
+/// of which is a quarter of this and costs a few misses to begin, and lay out their columns anew for each piece.
+pub const STREAM_BYTES: usize = 256 << 10;
 
 /// The input of products: as it came, and rounded. `quantized` may be `None` if every weight is a float format.
 #[derive(Clone, Copy)]
@@ -111,7 +108,7 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
     }
 }
 
-/// Asks for the beginnings of what [`product`] with a single column would read: the first lines of its four streams, which
+/// Asks for the beginnings of what [`product`] with few columns would read: the first lines of its four streams, which
 /// otherwise begin with a wait for memory.
 pub fn fetch(w: &Weight, m: usize, rows: Range<usize>) {
     #[cfg(target_arch = "x86_64")]
@@ -132,7 +129,7 @@ pub fn fetch(w: &Weight, m: usize, rows: Range<usize>) {
 
 /// How many rows of `w` one piece of work should take for `n` columns on `threads` threads.
 pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
-    if n == 1 {
+    if n <= SEVERAL {
         // Several pieces for each thread where the matrix is large, and as many as leave the busiest thread the least.
         let rounds = (w.rows() * w.row_bytes()).div_ceil(STREAM_BYTES * threads).max(1);
         let step = |rounds: usize| w.rows().div_ceil(rounds * threads).next_multiple_of(TILE).max(TILE);
@@ -140,8 +137,7 @@ pub fn chunk(w: &Weight, n: usize, threads: usize) -> usize {
         return (rounds..=2 * rounds).map(step).min_by_key(|s| busiest(*s)).unwrap_or(TILE);
     }
     let fair = w.rows().div_ceil(4 * threads).next_multiple_of(TILE);
-    let by_bytes = if n > SEVERAL { 4 * TILE } else { (CHUNK_BYTES / w.row_bytes()).next_multiple_of(TILE) };
-    by_bytes.min(fair).max(TILE)
+    (4 * TILE).min(fair).max(TILE)
 }
 
 thread_local! {

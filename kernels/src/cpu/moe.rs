@@ -168,8 +168,8 @@ fn layers(
         }
         None
     };
-    // The piece that a thread of a single token's will probably take next is begun to be fetched.
-    let ahead = |i: usize| if n == 1 { task(i + pool.threads()) } else { None };
+    // The piece that a thread will probably take next is begun to be fetched.
+    let ahead = |i: usize| if n <= SEVERAL { task(i + pool.threads()) } else { None };
     pool.share(tasks, work, |i| {
         let (unit, rows) = task(i).expect("tasks were counted");
         let bank = banks[unit.bank].as_ref().expect("its bank was made");
@@ -196,15 +196,15 @@ fn layers(
     let ptr = Shared(ptr);
     let first = if shared.is_some() { n } else { 0 };
     let step = units.first().map_or(TILE, |u| matmul::chunk(u.f.down, n, pool.threads()));
-    // With many units a task reads a run of rows of each: shorter runs keep enough tasks. One token's are left as long as
-    // they are, for they are read as streams.
-    let step = if n == 1 { step } else { (step / units.len().clamp(1, 8)).next_multiple_of(TILE) };
+    // With many units a task reads a run of rows of each: shorter runs keep enough tasks. Those of few tokens are left as long
+    // as they are, for they are read as streams.
+    let step = if n <= SEVERAL { step } else { (step / units.len().clamp(1, 8)).next_multiple_of(TILE) };
     pool.share(d.div_ceil(step), work, |i| {
         let rows = i * step..d.min((i + 1) * step);
         let len = rows.len();
         with_scratch((first + n * used) * len, |y| {
             for (i, (u, x)) in units.iter().zip(&hidden).enumerate() {
-                if let Some(next) = units.get(i + 1).filter(|_| n == 1) {
+                if let Some(next) = units.get(i + 1).filter(|_| n <= SEVERAL) {
                     matmul::fetch(next.f.down, next.m, rows.clone());
                 }
                 let at = if u.bank == 0 { 0 } else { first } + u.rows.start;
@@ -240,12 +240,8 @@ unsafe fn hide(
     next: Option<(&Unit<'_>, Range<usize>)>,
 ) {
     let (tokens, width) = (u.rows.len(), cols.len());
-    // A single token's weights are read as long streams; for many tokens several tiles meet each block of columns.
-    let step = match tokens {
-        1 => width,
-        2..=SEVERAL => TILE,
-        _ => 4 * TILE,
-    };
+    // Few tokens' weights are read as long streams; for many several tiles meet each block of columns.
+    let step = if tokens <= SEVERAL { width } else { 4 * TILE };
     with_scratch(tokens * (width + 2 * step), |s| {
         let (hidden, y) = s.split_at_mut(tokens * width);
         let mut from = cols.start;
@@ -254,7 +250,7 @@ unsafe fn hide(
             let len = rows.len();
             let (gate, rest) = y.split_at_mut(tokens * len);
             let up = &mut rest[..tokens * len];
-            if tokens == 1 {
+            if tokens <= SEVERAL {
                 matmul::fetch(u.f.up, u.m, rows.clone());
             }
             product(u.f.gate, u.m, rows.clone(), &u.x[0], gate);

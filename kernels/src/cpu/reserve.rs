@@ -3,7 +3,7 @@
 
 use super::attention;
 use super::isa::Isa;
-use super::matmul::{CHUNK_BYTES, TILE};
+use super::matmul::{STREAM_BYTES, TILE};
 use super::quantized::{BLOCK, Quantized};
 use super::scratch::Areas;
 use super::table::{self, SEVERAL};
@@ -24,15 +24,11 @@ pub struct Sizes {
 
 /// The most rows of a weight of `rows` rows that a piece of work takes (`matmul::chunk`), for `n` columns.
 fn piece(rows: usize, min_row_bytes: usize, n: usize, threads: usize) -> usize {
-    if n == 1 {
-        return rows.div_ceil(threads).next_multiple_of(TILE).max(TILE);
-    }
-    let fair = rows.div_ceil(4 * threads).next_multiple_of(TILE);
-    let by_bytes = match n > SEVERAL {
-        true => 4 * TILE,
-        false => (CHUNK_BYTES / min_row_bytes.max(1)).next_multiple_of(TILE),
+    let (share, most) = match n > SEVERAL {
+        true => (rows.div_ceil(4 * threads), 4 * TILE),
+        false => (rows.div_ceil(threads), STREAM_BYTES.div_ceil(min_row_bytes.max(1))),
     };
-    by_bytes.min(fair).max(TILE)
+    share.min(most).next_multiple_of(TILE).max(TILE)
 }
 
 /// Floats of results that one piece of work holds at most.
@@ -51,12 +47,12 @@ fn results(l: &Limits, threads: usize) -> usize {
             most = most.max(n * step);
             if l.used > 0 {
                 let units = l.used.min(8);
-                let step = if n == 1 { step } else { (step / units).next_multiple_of(TILE) };
+                let step = if n <= SEVERAL { step } else { (step / units).next_multiple_of(TILE) };
                 most = most.max(n * (1 + l.used) * step);
             }
             // Hidden values of a task: a block of one unit's rows, and its gate and up.
-            let step = if n > SEVERAL { 4 * TILE } else { TILE };
-            most = most.max(n * (BLOCK + 2 * step)).max(3 * BLOCK);
+            let step = if n > SEVERAL { 4 * TILE } else { BLOCK };
+            most = most.max(n * (BLOCK + 2 * step));
         }
     }
     most

@@ -19,24 +19,22 @@ pub type Rows<X> = unsafe fn(w: &[u8], row_bytes: usize, x: &[&[X]], y: &mut [f3
 /// The kernels of one format on one instruction set. All give the same bits; they differ in speed.
 #[derive(Clone, Copy)]
 pub struct Kernels<X> {
-    /// For one to [`FEW`] columns: reads weights once, straight from memory.
-    pub few: Rows<X>,
+    /// For one column: reads weights once, straight from memory.
+    pub one: Rows<X>,
     /// For up to [`SEVERAL`]: the same for a batch of sequences, which shares the unpacking.
     pub several: Rows<X>,
     /// For more: unpacks tiles of weights and multiplies them by all columns.
     pub many: Rows<X>,
 }
 
-/// Up to how many columns `few` is the faster one.
-pub const FEW: usize = 3;
 /// Up to how many columns `several` is.
 pub const SEVERAL: usize = 16;
 
 impl<X> Kernels<X> {
     /// The one for `n` columns.
     pub fn of(&self, n: usize) -> Rows<X> {
-        if n <= FEW {
-            self.few
+        if n == 1 {
+            self.one
         } else if n <= SEVERAL {
             self.several
         } else {
@@ -88,7 +86,7 @@ pub fn reserve(isa: Isa, max_in: usize) -> Result<(), KernelError> {
 pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
     macro_rules! same {
         ($which:ident, $f:expr) => {
-            Kernel::$which(Kernels { few: $f, several: $f, many: $f })
+            Kernel::$which(Kernels { one: $f, several: $f, many: $f })
         };
     }
     macro_rules! table {
@@ -99,13 +97,13 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     (DType::$q, Isa::Portable) => same!(Quantized, portable::rows::<scalar::$q>),
                     #[cfg(target_arch = "x86_64")]
                     (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(Kernels {
-                        few: avx2::few::<scalar::$q>,
+                        one: avx2::few::<scalar::$q>,
                         several: avx2::several::<scalar::$q>,
                         many: avx2::many::<scalar::$q>,
                     }),
                     #[cfg(target_arch = "x86_64")]
                     (DType::$q, Isa::Avx512(_)) => Kernel::Quantized(Kernels {
-                        few: avx512::few::<scalar::$q>,
+                        one: avx512::one::<scalar::$q>,
                         several: avx512::several::<scalar::$q>,
                         many: avx512::many::<scalar::$q>,
                     }),
@@ -117,7 +115,7 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     (DType::$f, Isa::Avx2(_)) => same!(Float, avx2::float_rows::<scalar::$f>),
                     #[cfg(target_arch = "x86_64")]
                     (DType::$f, Isa::Avx512(_)) => Kernel::Float(Kernels {
-                        few: avx512::float_few::<scalar::$f>,
+                        one: avx512::float_few::<scalar::$f>,
                         several: avx512::float_few::<scalar::$f>,
                         many: avx512::float_many::<scalar::$f>,
                     }),

@@ -5,6 +5,7 @@ use super::Pool;
 use super::isa::Isa;
 use super::matmul::{Input, columns, matmul, product_with};
 use super::quantized::Quantized;
+use super::table::SEVERAL;
 use crate::backend::Write;
 use crate::testing::*;
 use crate::{HostBytes, Vector, View, ViewMut, Weight};
@@ -208,7 +209,7 @@ fn speed() {
             let t = time_matmul(isa, &pool, f.dtype, rows, cols, n);
             let rate = bytes / t;
             print!(" n={n} {:.1} GB/s {:.0}%", rate / 1e9, 100.0 * rate / bandwidth);
-            if n > 8 {
+            if n > SEVERAL {
                 let rate = n as f64 * macs / t;
                 print!(" {:.0} GMAC/s {:.0}%", rate / 1e9, 100.0 * rate / peak.unwrap_or(f64::NAN));
             }

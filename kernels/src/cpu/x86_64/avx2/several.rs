@@ -1,7 +1,7 @@
 //! Several columns: each group of weights is unpacked once, turned so that lane b of a register holds four values of sub-block b,
 //! and multiplied by the columns at hand: no sums across lanes are left. Products are added in 16 bits as long as they fit.
 
-use super::{Unpack, tree};
+use super::{Unpack, few, tree};
 use crate::KernelError;
 use crate::cpu::quantized::Block;
 use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
@@ -253,6 +253,10 @@ unsafe fn columns<F: Unpack, const C: usize>(
 /// The CPU has the set.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn several<F: Unpack>(w: &[u8], row_bytes: usize, x: &[&[Block]], y: &mut [f32]) {
+    if x.len() < COLUMNS {
+        // SAFETY: the caller's promise.
+        return unsafe { few::<F>(w, row_bytes, x, y) };
+    }
     let groups = row_bytes.div_ceil(F::BYTES);
     let mut s = SCRATCH.take();
     s.resize(s.len().max(groups * COLUMNS), Group::ZERO);

@@ -1,8 +1,8 @@
 //! AVX-512 (F, BW, VL, DQ, VNNI): weights as unsigned bytes against signed activations with `vpdpbusd`.
 
-mod few;
 mod float;
 mod formats;
+mod four;
 pub mod lanes;
 mod many;
 mod one;
@@ -11,10 +11,10 @@ mod runs;
 mod several;
 mod tile;
 
-pub use few::few;
 pub use float::{few as float_few, many as float_many};
 pub use formats::Unpack;
 pub use many::many;
+pub use one::one;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
 pub use several::several;
 

@@ -1,13 +1,13 @@
 //! 256 weights of each format as four registers that need no sums across lanes afterwards: lane `8h + 4r + s` of register j holds
-//! values 4j..4j+4 of run r (of two runs of 16) of sub-block 4h + s, so that four multiplications in a chain leave
-//! each run's sum in its lane. The bytes are those of [`Unpack::bytes`], in another order.
+//! values 4j..4j+4 of run r (of two runs of 16) of sub-block `ORDER[4h + s]` ([`Four`]), so that four multiplications in a chain
+//! leave each run's sum in its lane. The bytes are those of `Unpack::bytes`, in another order.
 
-use super::Unpack;
+use super::four::Four;
 use crate::cpu::scalar::{self, E2M1, IQ4};
 use std::arch::x86_64::*;
 
 /// A format that can be read in this order.
-pub trait Runs: Unpack {
+pub trait Runs: Four {
     /// # Safety
     /// `p` points to `BYTES` bytes; the CPU has AVX-512.
     unsafe fn runs(p: *const u8) -> [__m512i; 4];
@@ -164,20 +164,15 @@ unsafe fn spread(v: __m512i) -> [__m512i; 4] {
     }
 }
 
-/// The shift `from + by * (half * h + s)` in lane `8h + 4r + s`.
+/// `v[4h + s]` in lane `8h + 4r + s`.
 ///
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn shifts(from: i32, by: i32, half: i32) -> __m512i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let s = |h: i32, s: i32| from + by * (half * h + s);
-        let (a, b) = ([s(0, 0), s(0, 1), s(0, 2), s(0, 3)], [s(1, 0), s(1, 1), s(1, 2), s(1, 3)]);
-        _mm512_setr_epi32(
-            a[0], a[1], a[2], a[3], a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], b[0], b[1], b[2], b[3],
-        )
-    }
+unsafe fn shifts(v: [i32; 8]) -> __m512i {
+    let [a, b, c, d, e, f, g, h] = v;
+    // SAFETY: no memory is read.
+    unsafe { _mm512_setr_epi32(a, b, c, d, a, b, c, d, e, f, g, h, e, f, g, h) }
 }
 
 /// 64 bytes in which 32 bytes hold 128 values, two bits each.
@@ -190,70 +185,65 @@ unsafe fn crumbs(p: *const u8) -> [__m512i; 4] {
     unsafe {
         let mut q = spread(_mm512_loadu_si512(p.cast()));
         each!(j < 4, {
-            q[j] = _mm512_and_si512(_mm512_srlv_epi32(q[j], shifts(0, 2, 0)), _mm512_set1_epi8(3))
+            q[j] = _mm512_and_si512(
+                _mm512_srlv_epi32(q[j], shifts([0, 2, 4, 6, 0, 2, 4, 6])),
+                _mm512_set1_epi8(3),
+            )
         });
         q
     }
 }
 
-/// Adds `1 << BIT` where bit b of the 32 bytes at `h` belongs to sub-block b.
+/// Adds `1 << BIT` where bit b of the 32 bytes at `h`, which belongs to sub-block b, is set.
 ///
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn plane<const BIT: i32>(h: *const u8, q: [__m512i; 4]) -> [__m512i; 4] {
+unsafe fn plane<F: Four, const BIT: i32>(h: *const u8, q: [__m512i; 4]) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut q = q;
         let h = spread(_mm512_broadcast_i64x4(_mm256_loadu_si256(h.cast())));
         each!(j < 4, {
             // A rotation moves bits to other bytes too, but not the one that is kept.
-            let bit = _mm512_rolv_epi32(h[j], shifts(32 + BIT, -1, 4));
+            let bit = _mm512_rolv_epi32(h[j], shifts(F::ORDER.map(|b| 32 + BIT - b as i32)));
             q[j] = _mm512_ternarylogic_epi32::<0xf8>(q[j], bit, _mm512_set1_epi8(1 << BIT));
         });
         q
     }
 }
 
-/// Nibbles of two registers, four of each dword: with `BY` = 1 sub-blocks alternate between low and high nibbles and change the
-/// register after two, with 2 the other way round.
+/// Dword j of each quarter of `a` twice, then that of `b`, in register j.
 ///
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn pairs<const BY: i32>(a: __m512i, b: __m512i) -> [__m512i; 4] {
-    // SAFETY: the caller's promise.
+unsafe fn doubled(a: __m512i, b: __m512i) -> [__m512i; 4] {
+    // SAFETY: no memory is read.
     unsafe {
         let (lo, hi) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        let mut q = if BY == 1 {
-            [
-                _mm512_shuffle_epi32::<0b01_01_00_00>(lo),
-                _mm512_shuffle_epi32::<0b11_11_10_10>(lo),
-                _mm512_shuffle_epi32::<0b01_01_00_00>(hi),
-                _mm512_shuffle_epi32::<0b11_11_10_10>(hi),
-            ]
-        } else {
-            [
-                _mm512_shuffle_epi32::<0b01_00_01_00>(lo),
-                _mm512_shuffle_epi32::<0b11_10_11_10>(lo),
-                _mm512_shuffle_epi32::<0b01_00_01_00>(hi),
-                _mm512_shuffle_epi32::<0b11_10_11_10>(hi),
-            ]
-        };
-        let shift = if BY == 1 { _mm512_set4_epi32(4, 0, 4, 0) } else { _mm512_set4_epi32(4, 4, 0, 0) };
-        each!(j < 4, { q[j] = _mm512_and_si512(_mm512_srlv_epi32(q[j], shift), _mm512_set1_epi8(15)) });
-        q
+        [
+            _mm512_shuffle_epi32::<0b01_01_00_00>(lo),
+            _mm512_shuffle_epi32::<0b11_11_10_10>(lo),
+            _mm512_shuffle_epi32::<0b01_01_00_00>(hi),
+            _mm512_shuffle_epi32::<0b11_11_10_10>(hi),
+        ]
     }
 }
 
-/// Q4_K's and Q5_K's 128 bytes: 32 bytes hold two sub-blocks, low nibbles and high.
+/// 128 bytes of nibbles, each 32 of them two sub-blocks, low and high.
 ///
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn k4(p: *const u8) -> [__m512i; 4] {
+unsafe fn pairs(p: *const u8) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
-    unsafe { pairs::<1>(two(p, p.add(64)), two(p.add(32), p.add(96))) }
+    unsafe {
+        let mut q = doubled(_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast()));
+        let shift = _mm512_set4_epi32(4, 0, 4, 0);
+        each!(j < 4, { q[j] = _mm512_and_si512(_mm512_srlv_epi32(q[j], shift), _mm512_set1_epi8(15)) });
+        q
+    }
 }
 
 /// Eight sub-blocks of 32 bytes, `STRIDE` apart, 128 added.
@@ -286,14 +276,15 @@ runs! {
     IQ4_XS: |p| look(&IQ4, -128, nibbles::<16>(p.add(8)));
     MXFP4: |p| look(&E2M1, 16, nibbles::<17>(p.add(1)));
     Q2_K: |p| crumbs(p.add(16));
-    Q3_K: |p| plane::<2>(p, crumbs(p.add(32)));
-    Q4_K: |p| k4(p.add(16));
-    Q5_K: |p| plane::<4>(p.add(16), k4(p.add(48)));
+    Q3_K: |p| plane::<Self, 2>(p, crumbs(p.add(32)));
+    Q4_K: |p| pairs(p.add(16));
+    Q5_K: |p| plane::<Self, 4>(p.add(16), pairs(p.add(48)));
     Q6_K: |p| {
-        let mut q = pairs::<2>(two(p, p.add(64)), two(p.add(32), p.add(96)));
-        let high = spread(_mm512_loadu_si512(p.add(128).cast()));
+        let mut q = pairs(p);
+        let h = |i: usize| _mm512_broadcast_i64x4(_mm256_loadu_si256(p.add(128 + 32 * i).cast()));
+        let high = doubled(h(0), h(1));
         each!(j < 4, {
-            let bits = _mm512_rolv_epi32(high[j], shifts(36, -2, 0));
+            let bits = _mm512_rolv_epi32(high[j], shifts([4, 0, 4, 0, 2, 30, 2, 30]));
             q[j] = _mm512_ternarylogic_epi32::<0xf8>(q[j], bits, _mm512_set1_epi8(48));
         });
         q

@@ -1,8 +1,8 @@
 //! Several columns: each group of weights is unpacked once, in an order in which four multiplications in a chain leave the sum
-//! of each run of 16 in a lane of its own, and multiplied by the columns at hand, two rows at a time.
+//! of each run of 16 in a lane of its own, and multiplied by the columns at hand; four rows are read at a time (`four`).
 
+use super::four::{ROWS, Scales4, end, fetch, rows, sums};
 use super::runs::{Runs, transpose, two};
-use super::tree;
 use crate::KernelError;
 use crate::cpu::quantized::Block;
 use crate::cpu::scalar::{Kind, MAX_GROUP_BYTES};
@@ -10,7 +10,7 @@ use crate::cpu::scratch::grow;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-/// Columns multiplied at once.
+/// Columns multiplied at once, at most.
 const COLUMNS: usize = 8;
 
 /// A group of a column in the order of [`Runs`].
@@ -47,88 +47,87 @@ pub fn reserve(groups: usize) -> Result<(), KernelError> {
     SCRATCH.with_borrow_mut(|s| grow(s, groups * COLUMNS, Group::ZERO))
 }
 
-/// Where run i of 16 (in order) has its lane.
-const RUN: [i32; 16] = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15];
+/// Which run of 16, in the order of the file, each lane holds.
+const fn run_order(order: [usize; 8]) -> [i32; 16] {
+    let mut c = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        c[i] = (2 * order[4 * (i / 8) + i % 4] + i / 4 % 2) as i32;
+        i += 1;
+    }
+    c
+}
 
 /// # Safety
 /// The CPU has the set.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn arrange<R: Runs>(x: &Block, to: &mut Group) {
-    let q = x.q.as_ptr().cast::<u8>();
-    let shift = _mm_cvtsi32_si128(if R::OFFSET == 0 { 0 } else { 7 - R::OFFSET.trailing_zeros() as i32 });
+unsafe fn arrange<F: Runs>(x: &Block, to: &mut Group) {
+    let shift = _mm_cvtsi32_si128(if F::OFFSET == 0 { 0 } else { 7 - F::OFFSET.trailing_zeros() as i32 });
     // SAFETY: all inside the two blocks.
     unsafe {
-        let t = transpose([
-            two(q, q.add(128)),
-            two(q.add(32), q.add(160)),
-            two(q.add(64), q.add(192)),
-            two(q.add(96), q.add(224)),
-        ]);
+        let part = |i: usize| {
+            let q = x.q.as_ptr().cast::<u8>();
+            two(q.add(32 * F::ORDER[i]), q.add(32 * F::ORDER[4 + i]))
+        };
+        let t = transpose([part(0), part(1), part(2), part(3)]);
         let into = to.q.as_mut_ptr().cast::<__m512i>();
         each!(j < 4, { _mm512_store_si512(into.add(j), t[j]) });
-        if R::OFFSET != 0 {
-            let order = _mm512_loadu_si512(RUN.as_ptr().cast());
+        if F::OFFSET != 0 {
+            let order = _mm512_loadu_si512(const { &run_order(F::ORDER) }.as_ptr().cast());
             let off = _mm512_sra_epi32(_mm512_load_si512(x.off16.as_ptr().cast()), shift);
             _mm512_store_si512(to.off.as_mut_ptr().cast(), _mm512_permutexvar_epi32(order, off));
         }
     }
-    to.scale = x.scale;
-    (to.sum, to.sum_hi) = if matches!(R::KIND, Kind::Min16) { (x.sum_lo, x.sum_hi) } else { (x.sum, x.sum) };
-}
-
-/// Two rows' eight floats in a register.
-///
-/// # Safety
-/// As for all helpers here: inlined only into functions that have the instruction set.
-#[inline(always)]
-unsafe fn join(a: __m256, b: __m256) -> __m512 {
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(a), b) }
+    to.scale = F::ORDER.map(|b| x.scale[b]);
+    if matches!(F::KIND, Kind::Min16) {
+        (to.sum, to.sum_hi) = (F::ORDER.map(|b| x.sum_lo[b]), F::ORDER.map(|b| x.sum_hi[b]));
+    } else {
+        to.sum = F::ORDER.map(|b| x.sum[b]);
+    }
 }
 
 /// Integer scales in the order of the lanes.
 ///
 /// # Safety
-/// As above.
+/// As for all helpers here: inlined only into functions that have the instruction set.
 #[inline(always)]
-unsafe fn ordered(sc: __m128i) -> __m512i {
-    // SAFETY: the caller's promise.
+unsafe fn ordered<F: Runs>(sc: __m128i) -> __m512i {
+    // SAFETY: sixteen bytes.
     unsafe {
-        let order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+        let order = const { &run_order(F::ORDER) };
+        let order = _mm512_cvtepi32_epi8(_mm512_loadu_si512(order.as_ptr().cast()));
         _mm512_cvtepi8_epi32(_mm_shuffle_epi8(sc, order))
     }
 }
 
-/// Adds a group of two rows times `C` columns to their lanes.
+/// Adds a group of rows `2 * H` and `2 * H + 1` times `C` columns to their lanes.
 ///
 /// # Safety
-/// `p0` and `p1` point to `F::BYTES` bytes, `x` to `C` groups.
+/// `p` point to `F::BYTES` bytes, `x` to `C` groups.
 #[inline(always)]
-unsafe fn group<F: Runs, const C: usize>(
-    p0: *const u8,
-    p1: *const u8,
+unsafe fn pair<F: Runs, const H: usize, const C: usize>(
+    p: [*const u8; ROWS],
+    s: &Scales4,
     x: *const Group,
     acc: &mut [__m512; C],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let (s0, s1) = (F::scales(p0), F::scales(p1));
+        let (p0, p1) = (p[2 * H], p[2 * H + 1]);
         let (q0, q1) = (F::runs(p0), F::runs(p1));
-        let d = join(s0.d, s1.d);
         let scaled = matches!(F::KIND, Kind::Scale16 | Kind::Min16);
         // Sums of 16 products fit 16 bits, and with them a multiplication that takes one step, where q is below 16.
         let small = F::OFFSET < 16;
         let zero = _mm512_setzero_si512();
         let (mut i0, mut i1) = (zero, zero);
         if scaled {
-            (i0, i1) = (ordered(s0.sc), ordered(s1.sc));
+            (i0, i1) = (ordered::<F>(F::scales(p0).sc), ordered::<F>(F::scales(p1).sc));
             if small {
                 let low = _mm512_set1_epi32(0xffff);
                 (i0, i1) = (_mm512_and_si512(i0, low), _mm512_and_si512(i1, low));
             }
         }
         let (f0, f1) = (_mm512_cvtepi32_ps(i0), _mm512_cvtepi32_ps(i1));
-        let (m, m_hi) = (join(s0.m, s1.m), join(s0.m_hi, s1.m_hi));
         each!(c < C, {
             let x = x.add(c);
             let a = (*x).q.as_ptr().cast::<__m512i>();
@@ -157,22 +156,22 @@ unsafe fn group<F: Runs, const C: usize>(
                     _mm512_shuffle_i32x4::<0b11_01_11_01>(r0, r1),
                 ))
             };
-            let by = _mm512_mul_ps(d, wide((*x).scale.as_ptr()));
+            let by = _mm512_mul_ps(s.d[H], wide((*x).scale.as_ptr()));
             acc[c] = _mm512_fmadd_ps(dot, by, acc[c]);
             if matches!(F::KIND, Kind::Min | Kind::Min16) {
-                acc[c] = _mm512_fmadd_ps(m, wide((*x).sum.as_ptr()), acc[c]);
+                acc[c] = _mm512_fmadd_ps(s.m[H], wide((*x).sum.as_ptr()), acc[c]);
             }
             if matches!(F::KIND, Kind::Min16) {
-                acc[c] = _mm512_fmadd_ps(m_hi, wide((*x).sum_hi.as_ptr()), acc[c]);
+                acc[c] = _mm512_fmadd_ps(s.m_hi[H], wide((*x).sum_hi.as_ptr()), acc[c]);
             }
         });
     }
 }
 
-/// All rows by `C` columns.
+/// All rows by `C` columns, of which `used` have places in `y`, from column `at` on.
 ///
 /// # Safety
-/// `x` holds `C` groups for each group of a row.
+/// The CPU has the set.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn columns<F: Runs, const C: usize>(
     w: &[u8],
@@ -184,37 +183,42 @@ unsafe fn columns<F: Runs, const C: usize>(
     let n = w.len() / row_bytes;
     let (whole, rest) = (row_bytes / F::BYTES, row_bytes % F::BYTES);
     assert!(x.len() == C * (whole + usize::from(rest > 0)));
-    let mut r = 0;
-    while r < n {
-        // A last row without a partner is its own.
-        let r1 = (r + 1).min(n - 1);
-        let mut acc = [_mm512_setzero_ps(); C];
-        // SAFETY: groups of rows r and r1; fetching ahead of the rows' end is harmless.
+    for i in 0..n.div_ceil(ROWS) {
+        let rows = rows(i, n);
+        let mut acc = [[_mm512_setzero_ps(); C]; 2];
+        // SAFETY: groups of rows below n, the last of which is rows[3], and `C` arranged ones for each.
         unsafe {
-            let (mut p0, mut p1) = (w.as_ptr().add(r * row_bytes), w.as_ptr().add(r1 * row_bytes));
+            let mut p = rows.map(|r| w.as_ptr().add(r * row_bytes));
             let mut x = x.as_ptr();
             for _ in 0..whole {
-                let mut ahead = 0;
-                while ahead < F::BYTES {
-                    _mm_prefetch::<_MM_HINT_T0>(p0.wrapping_add(1024 + ahead).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(p1.wrapping_add(1024 + ahead).cast());
-                    ahead += 64;
-                }
-                group::<F, C>(p0, p1, x, &mut acc);
-                (p0, p1, x) = (p0.add(F::BYTES), p1.add(F::BYTES), x.add(C));
+                fetch::<F>(p);
+                let s = F::scales4(p);
+                pair::<F, 0, C>(p, &s, x, &mut acc[0]);
+                pair::<F, 1, C>(p, &s, x, &mut acc[1]);
+                (p, x) = (p.map(|p| p.add(F::BYTES)), x.add(C));
             }
             if rest > 0 {
-                let mut padded = [[0u8; MAX_GROUP_BYTES]; 2];
-                std::ptr::copy_nonoverlapping(p0, padded[0].as_mut_ptr(), rest);
-                std::ptr::copy_nonoverlapping(p1, padded[1].as_mut_ptr(), rest);
-                group::<F, C>(padded[0].as_ptr(), padded[1].as_ptr(), x, &mut acc);
+                let beyond = rows[3] * row_bytes + row_bytes.next_multiple_of(F::BYTES) <= w.len();
+                let mut copy = [[0u8; MAX_GROUP_BYTES]; ROWS];
+                let (p, mask) = end::<F>(p, rest, beyond, &mut copy);
+                let mut s = F::scales4(p);
+                s.cut(mask);
+                pair::<F, 0, C>(p, &s, x, &mut acc[0]);
+                pair::<F, 1, C>(p, &s, x, &mut acc[1]);
             }
+            each!(c < C, {
+                if c.is_multiple_of(2) {
+                    let next = if c + 1 < C { c + 1 } else { c };
+                    let s = sums::<F>([acc[0][c], acc[1][c]], [acc[0][next], acc[1][next]]);
+                    each!(k < 2, {
+                        if c + k < used {
+                            let y = &mut y[(at + c + k) * n..][..n];
+                            each!(r < ROWS, { y[rows[r]] = s[4 * r + 2 * k] });
+                        }
+                    });
+                }
+            });
         }
-        for c in 0..used {
-            y[(at + c) * n + r] = tree(_mm512_castps512_ps256(acc[c]));
-            y[(at + c) * n + r1] = tree(_mm512_extractf32x8_ps::<1>(acc[c]));
-        }
-        r += 2;
     }
 }
 
@@ -227,24 +231,31 @@ pub unsafe fn several<F: Runs>(w: &[u8], row_bytes: usize, x: &[&[Block]], y: &m
     let groups = row_bytes.div_ceil(F::BYTES);
     let mut s = SCRATCH.take();
     s.resize(s.len().max(groups * COLUMNS), Group::ZERO);
-    for (i, x) in x.chunks(COLUMNS).enumerate() {
-        let n = if x.len() <= 4 { 4 } else { COLUMNS };
+    let mut at = 0;
+    while at < x.len() {
+        // As few passes over the weights as there can be, of about as many columns each.
+        let left = x.len() - at;
+        let passes = left.div_ceil(COLUMNS);
+        let n = [0, 2, 2, 3, 4, 6, 6, 8, 8][left.div_ceil(passes)];
+        let used = n.min(left);
         for g in 0..groups {
             for c in 0..n {
                 // SAFETY: the caller's promise. Columns that are missing are the last one again.
-                unsafe { arrange::<F>(&x[c.min(x.len() - 1)][g], &mut s[g * n + c]) };
+                unsafe { arrange::<F>(&x[at + c.min(used - 1)][g], &mut s[g * n + c]) };
             }
         }
         let arranged = &s[..groups * n];
-        let at = (COLUMNS * i, x.len());
-        // SAFETY: `n` groups for each group of a row.
+        // SAFETY: the caller's promise.
         unsafe {
-            if n == 4 {
-                columns::<F, 4>(w, row_bytes, arranged, at, y);
-            } else {
-                columns::<F, COLUMNS>(w, row_bytes, arranged, at, y);
+            match n {
+                2 => columns::<F, 2>(w, row_bytes, arranged, (at, used), y),
+                3 => columns::<F, 3>(w, row_bytes, arranged, (at, used), y),
+                4 => columns::<F, 4>(w, row_bytes, arranged, (at, used), y),
+                6 => columns::<F, 6>(w, row_bytes, arranged, (at, used), y),
+                _ => columns::<F, COLUMNS>(w, row_bytes, arranged, (at, used), y),
             }
         }
+        at += used;
     }
     SCRATCH.set(s);
 }
