@@ -3,7 +3,7 @@
 use crate::cmd::plan::refusal;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
-use engine::gguf::{File, OpenMode};
+use engine::gguf::{File, OpenMode, Progress};
 use engine::pager::PagerOptions;
 use engine::plan::{
     Access, Change, Device, Fit, Machine, PlanModel, PlanOptions, Rules, available_memory, fit,
@@ -192,6 +192,11 @@ impl LoadConfig {
 
     /// Loads, telling how long it takes; a terminal is shown that something happens if that is more than a second.
     pub fn load(&self) -> Result<(Arc<Model>, Duration)> {
+        self.load_with(&Arc::default())
+    }
+
+    /// The same; `progress` is told of the bytes read.
+    pub fn load_with(&self, progress: &Arc<Progress>) -> Result<(Arc<Model>, Duration)> {
         let start = Instant::now();
         let (done, waiting) = channel::<()>();
         let name = self.source.name();
@@ -213,6 +218,7 @@ impl LoadConfig {
             lock: self.memory.access == Access::Locked,
             pager: PagerOptions { pin: self.memory.pin_experts, memory: None },
             threads: self.threads,
+            progress: progress.clone(),
         };
         let model = match &self.source {
             Source::File(p) => Model::load(p, &options),

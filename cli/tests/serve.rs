@@ -234,7 +234,7 @@ fn errors_have_the_status_and_form_of_their_dialect() {
             400,
             "image_url",
         ),
-        ("/v1/completions", json!({"model": "demo", "prompt": ["a", "b"]}).to_string(), 400, "prompt"),
+        ("/v1/completions", json!({"model": "demo", "prompt": ["a", 1]}).to_string(), 400, "prompt"),
         ("/v1/completions", json!({"model": "demo", "prompt": []}).to_string(), 400, "prompt"),
         ("/v1/nowhere", "{}".into(), 404, "not found"),
         ("/nowhere", "{}".into(), 404, "not found"),
@@ -324,6 +324,7 @@ fn models_stay_grow_and_go_as_they_are_asked_to() {
         r.json()
     };
     let names = || loaded(&s).iter().map(|m| m["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    s.until("the model of the command line is loaded", |s| s.get("/health").status == 200);
     assert_eq!(names(), ["other:latest"]);
     assert!(loaded(&s)[0]["expires_at"].as_str().unwrap() > "2300");
     let loads = |s: &Server| s.metric("rsinfer_model_loads_total");

@@ -282,6 +282,96 @@ fn anthropic_messages() {
     assert!(status == 400 && text.contains("image"), "{text}");
 }
 
+/// A log-probability for every token of the prompt, the same as where the model says these tokens itself.
+#[test]
+fn prompts_are_echoed_with_their_log_probabilities() {
+    let s = start();
+    let body = json!({"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "logprobs": 2});
+    let said = &s.post("/v1/completions", body.clone())["choices"][0];
+    let (text, made) = (said["text"].as_str().unwrap(), &said["logprobs"]);
+    let all = format!("Once upon a time{text}");
+    for stream in [false, true] {
+        let body = json!({"model": "demo", "prompt": all, "max_tokens": 0, "logprobs": 2, "echo": true, "stream": stream});
+        let choices: Vec<Value> = match stream {
+            true => s.events("/v1/completions", body).iter().map(|e| e["choices"][0].clone()).collect(),
+            false => vec![s.post("/v1/completions", body)["choices"][0].clone()],
+        };
+        let echoed: String = choices.iter().map(|c| c["text"].as_str().unwrap()).collect();
+        assert_eq!(echoed, all);
+        let probs = choices.iter().find(|c| c["logprobs"].is_object()).unwrap()["logprobs"].clone();
+        let tokens: Vec<&str> =
+            probs["tokens"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+        assert_eq!(tokens.concat(), all);
+        let (got, want) =
+            (probs["token_logprobs"].as_array().unwrap(), made["token_logprobs"].as_array().unwrap());
+        assert_eq!(tokens.len(), got.len());
+        for (g, w) in got[got.len() - want.len()..].iter().zip(want) {
+            assert!((g.as_f64().unwrap() - w.as_f64().unwrap()).abs() < 0.05, "{got:?} {want:?}");
+        }
+        assert_eq!(probs["text_offset"][1], tokens[0].len());
+    }
+    // As tokens: nothing comes before the first.
+    let ids =
+        s.post("/tokenize", json!({"content": "Once upon a time", "add_special": true}))["tokens"].clone();
+    let body = json!({"model": "demo", "prompt": [ids, "The dog"], "max_tokens": 2, "logprobs": 0, "echo": true, "n": 2, "seed": 1});
+    let both = s.post("/v1/completions", body);
+    let choices = both["choices"].as_array().unwrap();
+    assert_eq!(choices.iter().map(|c| c["index"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert!(choices[..2].iter().all(|c| c["text"].as_str().unwrap().contains("Once upon a time")), "{both}");
+    assert!(choices[2..].iter().all(|c| c["text"].as_str().unwrap().starts_with("The dog")), "{both}");
+    assert_eq!(choices[0]["logprobs"]["token_logprobs"][0], Value::Null);
+    assert_eq!(both["usage"]["completion_tokens"], 8);
+    let alone = json!({"model": "demo", "prompt": "The dog", "max_tokens": 2, "seed": 1});
+    let alone = s.post("/v1/completions", alone);
+    let second = choices[2]["text"].as_str().unwrap().strip_prefix("The dog");
+    assert_eq!(second, alone["choices"][0]["text"].as_str());
+    let prompts = both["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(prompts, ids_len(&ids) + alone["usage"]["prompt_tokens"].as_u64().unwrap());
+}
+
+fn ids_len(v: &Value) -> u64 {
+    v.as_array().unwrap().len() as u64
+}
+
+/// What overflows goes from behind the system prompt, however long that is; what of it cannot stay is told.
+#[test]
+fn system_prompts_stay() {
+    let s = start();
+    let system = "You are a dog. ".repeat(60);
+    let ask = |system: &str, more: Value| {
+        let mut body = json!({"model": "demo", "stream": false, "messages": [{"role": "system", "content": system},
+            {"role": "user", "content": "Once there was a fox. ".repeat(100)}],
+            "options": {"num_ctx": 512, "num_predict": 4}});
+        body["options"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        s.post("/api/chat", body)
+    };
+    let told = ask(&system, json!({}));
+    assert!(told["evicted_tokens"].as_u64().unwrap() > 100, "{told}");
+    assert!(told["system_evicted_tokens"].is_null(), "{told}");
+    let status: Value = serde_json::from_str(&s.ask("GET", "/api/status", b"").1).unwrap();
+    let held = |status: &Value| {
+        let all = status["models"][0]["sequences"].as_array().unwrap().clone();
+        let last = all.into_iter().find(|q| q["evicted"].as_u64() > Some(0)).unwrap();
+        let held: Vec<f64> = last["held"].as_array().unwrap().iter().map(|h| h.as_f64().unwrap()).collect();
+        held.iter().take_while(|h| **h == 1.0).count() as f64 / held.len() as f64
+            * last["tokens"].as_f64().unwrap()
+    };
+    let prompt = s.post(
+        "/apply-template",
+        json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": ""}]}),
+    );
+    let head = s.post("/tokenize", json!({"content": prompt["prompt"]}))["tokens"].as_array().unwrap().len();
+    assert!(held(&status) + 16.0 > head as f64 && head > 128, "{} of {head}: {status}", held(&status));
+    let told = ask(&"You are a very good dog. ".repeat(100), json!({}));
+    assert!(told["system_evicted_tokens"].as_u64().unwrap() > 50, "{told}");
+    // As much as a client wants kept, if it fits.
+    let told = ask("Be brief.", json!({"num_keep": 300}));
+    assert!(
+        told["evicted_tokens"].as_u64().unwrap() > 100 && told["system_evicted_tokens"].is_null(),
+        "{told}"
+    );
+}
+
 #[test]
 fn openai_responses() {
     let s = start();
@@ -289,6 +379,9 @@ fn openai_responses() {
     let whole = s.post("/v1/responses", body.clone());
     assert_eq!((whole["object"].as_str(), whole["status"].as_str()), (Some("response"), Some("incomplete")));
     assert_eq!(whole["incomplete_details"]["reason"], "max_output_tokens");
+    let details = &whole["usage"]["output_tokens_details"];
+    let thought = whole["output"].as_array().unwrap().iter().any(|i| i["type"] == "reasoning");
+    assert_eq!(details["reasoning_tokens"].as_u64().unwrap() > 0, thought, "{whole}");
     let mut streamed = body;
     streamed["stream"] = json!(true);
     let events = s.events("/v1/responses", streamed);
@@ -334,10 +427,23 @@ fn llama_servers_routes() {
         "{done}"
     );
     assert_eq!(done["completion_probabilities"][0]["top_logprobs"].as_array().unwrap().len(), 2);
+    let settings = &done["generation_settings"];
+    assert_eq!(
+        (&settings["n_predict"], &settings["seed"], &settings["stream"]),
+        (&json!(5), &json!(1), &json!(false))
+    );
     let events = s.events("/completion", json!({"prompt": "Once", "n_predict": 5, "stream": true}));
     assert_eq!(events.last().unwrap()["stop"], true);
     let held = s.post("/completion", json!({"prompt": "Once", "json_schema": {"enum": ["a", "b"]}}));
     assert!(["\"a\"", "\"b\""].contains(&held["content"].as_str().unwrap()), "{held}");
+    let lark = "%llguidance {}\nstart: /[a-c]{3}/";
+    for (path, key) in [("/completion", "content"), ("/v1/completions", "choices")] {
+        let held = s.post(path, json!({"model": "demo", "prompt": "Once", "grammar": lark}));
+        let text = held[key].as_str().or(held[key][0]["text"].as_str()).unwrap();
+        assert!(text.len() == 3 && text.bytes().all(|b| (b'a'..=b'c').contains(&b)), "{held}");
+    }
+    let (status, text) = s.refused("/v1/chat/completions", json!({"model": "demo", "messages": user("x"), "grammar": lark, "response_format": {"type": "json_object"}}));
+    assert!(status == 400 && text.contains("response_format"), "{text}");
     let props: Value = serde_json::from_str(&s.ask("GET", "/props", b"").1).unwrap();
     assert_eq!(props["total_slots"], 2, "{props}");
     let slots: Value = serde_json::from_str(&s.ask("GET", "/slots", b"").1).unwrap();

@@ -17,7 +17,7 @@
 
 use crate::EngineError;
 use crate::context::{Context, arena_options};
-use crate::gguf::{File, OpenMode};
+use crate::gguf::{File, OpenMode, Progress};
 use crate::kv::{CacheTypes, KvSpec, Rows, SeqId, Watcher};
 use crate::model::{self, Network};
 use crate::pager::{Pager, PagerOptions};
@@ -44,6 +44,8 @@ pub struct LoadOptions {
     pub pager: PagerOptions,
     /// Compute threads.
     pub threads: usize,
+    /// Is told of the bytes that loading reads, and may end it.
+    pub progress: Arc<Progress>,
 }
 
 impl Default for LoadOptions {
@@ -54,6 +56,7 @@ impl Default for LoadOptions {
             lock: false,
             pager: PagerOptions::default(),
             threads: std::thread::available_parallelism().map_or(1, Into::into),
+            progress: Arc::default(),
         }
     }
 }
@@ -101,7 +104,7 @@ impl Model {
     /// A file that is not a sound GGUF, or asks for something not implemented: the error names it.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Arc<Self>, EngineError> {
         let mode = if options.mmap { OpenMode::Mmap } else { OpenMode::Read };
-        Self::from_file(File::open(path, mode)?, options)
+        Self::from_file(File::open_with(path, mode, &options.progress)?, options)
     }
 
     /// Loads a GGUF embedded in the program.
@@ -117,7 +120,7 @@ impl Model {
         let device = Device::new(CpuBackend::new(options.threads));
         let mut paging = options.pager;
         if options.lock {
-            file.lock()?;
+            file.lock(&options.progress)?;
             paging = PagerOptions { pin: 0, memory: Some(u64::MAX) };
         }
         let pager = Arc::new(Pager::new(&file, paging));

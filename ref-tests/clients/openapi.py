@@ -1,8 +1,10 @@
 """The running server against its own /openapi.json: schemathesis makes requests, valid and not, and checks the answers.
 
 usage: openapi.py http://HOST:PORT [SECONDS]
-What is checked: no 500, answers of the status, type and shape that the document says, other methods refused. Models are not
-made, copied or removed by it. Answers are short: a schema can ask for a number that never ends.
+What is checked: no 500, answers of the status, type and shape that the document says, other methods refused; requests that
+the document does not allow (wrong types, values out of range, fields that are unknown where they may not be) refused. Not
+that all it allows are served: models must be there, token ids in their vocabularies, templates sound. Models are not made,
+copied or removed by it. Answers are short: a schema can ask for a number that never ends.
 """
 import os
 import subprocess
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import schemathesis
 
-CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
+CHECKS = ("not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method,"
+          "negative_data_rejection")
 EXCEPT = "^/api/(create|copy|delete)$"
 TALKERS = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/completion")
 TOKENS = 32
@@ -26,8 +29,9 @@ def before_call(context, case, kwargs):
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"):
         if type(body.get(name)) is int and not 0 <= body[name] <= TOKENS:
             body[name] = TOKENS
-    if case.path in TALKERS and isinstance(body.get("options", {}), dict):
-        body["options"] = {**body.get("options", {}), "num_predict": TOKENS}
+    options = body.get("options")
+    if case.path in TALKERS and (options is None or isinstance(options, dict)):
+        body["options"] = {**(options or {}), "num_predict": TOKENS}
 
 
 def main():

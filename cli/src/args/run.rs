@@ -136,8 +136,7 @@ impl RunArgs {
             Some(path) => Some(text::read_prompt_file(path)?),
             None => self.system_prompt.map(escaped).or(entry.system),
         };
-        let count = |name: &str| stored.int(name).and_then(|n| usize::try_from(n).ok());
-        let ctx = self.ctx_size.or_else(|| count("num_ctx"));
+        let ctx = self.ctx_size.or_else(|| stored.size("num_ctx"));
         let mut session = self.cache.session_of(stored, ctx, self.batch.get_of(stored));
         if self.trace.is_some() {
             if prompt.is_none() && !self.raw {
@@ -155,10 +154,10 @@ impl RunArgs {
             generate: GenerateOptions {
                 max_tokens: match self.n_predict {
                     Some(n) => n.try_into().ok(),
-                    None => count("num_predict"),
+                    None => stored.size("num_predict"),
                 },
                 stop: if self.stop.is_empty() { stored.stop() } else { self.stop },
-                ignore_eos: self.ignore_eos,
+                ignore_eos: self.ignore_eos || stored.boolean("ignore_eos") == Some(true),
                 special: self.special,
                 show: Vec::new(),
             },

@@ -20,6 +20,7 @@ const CHUNK: usize = 128;
     curl localhost:11434/api/chat -d '{\"model\":\"demo\",\"messages\":[{\"role\":\"user\",\"content\":\"Hello!\"}]}'\n\n\
     Environment, where no flag says otherwise: OLLAMA_HOST, OLLAMA_KEEP_ALIVE, OLLAMA_NUM_PARALLEL, OLLAMA_MAX_QUEUE,\n\
     OLLAMA_MAX_LOADED_MODELS, OLLAMA_CONTEXT_LENGTH, OLLAMA_KV_CACHE_TYPE, OLLAMA_LOAD_TIMEOUT, OLLAMA_ORIGINS, OLLAMA_DEBUG.\n\
+    Those about GPUs (OLLAMA_GPU_OVERHEAD, OLLAMA_SCHED_SPREAD) are read and of no effect: only the CPU runs models so far.\n\
     SIGTERM or Ctrl-C finishes the answers under way; a second one ends at once. TLS is left to a proxy.")]
 pub struct ServeArgs {
     /// Where to listen, HOST:PORT [default: 127.0.0.1:11434]
@@ -43,7 +44,7 @@ pub struct ServeArgs {
     /// Prompt tokens computed at once while others wait for their next token
     #[arg(long, default_value_t = CHUNK, value_name = "N")]
     chunk: usize,
-    /// What caches keep, as in `run` [default: the first quarter of the context and the latest tokens, so that no conversation ends]
+    /// What caches keep, as in `run` [default: the system prompt and the latest tokens, so that no conversation ends]
     #[arg(long, value_name = "POLICY")]
     kv: Option<KvSpec>,
     /// Cache type of keys (or of MLA's latent): f16, q8_0, q4_0 ... (-ctk)
@@ -119,6 +120,18 @@ impl ServeArgs {
             host = format!("{h}:{port}");
         }
         let both = parsed("OLLAMA_KV_CACHE_TYPE", DType::from_name);
+        let truth = |s: &str| Some(s.parse::<bool>().unwrap_or(true));
+        let gpus = parsed("OLLAMA_GPU_OVERHEAD", |s| s.parse::<u64>().ok()).is_some_and(|n| n > 0);
+        if gpus || parsed("OLLAMA_SCHED_SPREAD", truth) == Some(true) {
+            eprintln!(
+                "note: OLLAMA_GPU_OVERHEAD and OLLAMA_SCHED_SPREAD are of no effect: only the CPU runs models so far"
+            );
+        }
+        if parsed("OLLAMA_NOPRUNE", truth) == Some(false) {
+            eprintln!(
+                "note: OLLAMA_NOPRUNE=false is of no effect: no file is removed when the server starts"
+            );
+        }
         let not_zero = |n: usize| (n > 0).then_some(n);
         let timeout = parsed("OLLAMA_LOAD_TIMEOUT", |s| s.parse().ok().or_else(|| go_seconds(s)));
         let timeout = timeout.map_or(Some(300.0), |t| (t > 0.0).then_some(t.min(1e9)));

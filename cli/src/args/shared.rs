@@ -80,8 +80,12 @@ impl LoadArgs {
     /// As [`LoadArgs::resolve`]; what the command line leaves out is what a stored model says.
     pub fn resolve_of(&self, p: &Parameters, source: Source) -> LoadConfig {
         let mut memory = self.memory.resolve();
-        if memory.access == Access::Mapped && p.boolean("use_mmap") == Some(false) {
-            memory.access = Access::Read;
+        if memory.access == Access::Mapped {
+            memory.access = match (p.boolean("use_mmap"), p.boolean("use_mlock")) {
+                (Some(false), _) => Access::Read,
+                (_, Some(true)) => Access::Locked,
+                _ => Access::Mapped,
+            };
         }
         let stored =
             p.int("num_thread").and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1024).contains(n));

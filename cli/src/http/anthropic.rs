@@ -1,20 +1,20 @@
 //! Anthropic's `/v1/messages` and `/v1/messages/count_tokens`: content blocks to messages of chat templates, and back.
 
 use super::fields::Fields;
-use super::{error, messages, openai, stream};
-use crate::serve::answer::{Answer, End, Step, Whole};
+use super::stream::{self, Out, event};
+use super::{error, messages, openai};
+use crate::serve::answer::{Answer, End, Said, Whole};
 use crate::serve::constrain::Format;
 use crate::serve::failure::Failure;
 use crate::serve::options::Options;
 use crate::serve::prompt::{App, Ask, Input, Thinking};
 use crate::serve::request::Reason;
 use crate::serve::tools::{Choice, Piece, ToolCall};
-use crate::store::Resolved;
+use crate::store::{Resolved, parameters};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -43,6 +43,9 @@ fn translate(i: usize, m: &Value, out: &mut Vec<Value>) -> Result<(), Failure> {
     let role = m["role"].as_str().filter(|r| ["user", "assistant"].contains(r));
     let role =
         role.ok_or_else(|| Failure::field(&format!("messages[{i}].role"), "it must be user or assistant"))?;
+    if m["content"].is_null() {
+        return Err(Failure::field(&at, "it is missing"));
+    }
     let Some(blocks) = m["content"].as_array() else {
         out.push(json!({"role": role, "content": text(&at, &m["content"])?}));
         return Ok(());
@@ -88,8 +91,11 @@ fn tools(f: &mut Fields, ask: &mut Ask) -> Result<(), Failure> {
                 format!("tools of type {kind:?} are not there: only your own"),
             ));
         }
-        if !t["name"].is_string() {
-            return Err(Failure::field("tools", "every tool needs a name"));
+        if !t["name"].is_string() || !(t["input_schema"].is_object() || t["input_schema"].is_null()) {
+            return Err(Failure::field(
+                "tools",
+                "every tool needs a name, and an input_schema that is an object",
+            ));
         }
         ask.tools.push(json!({"type": "function", "function": {"name": t["name"],
             "description": t["description"], "parameters": t["input_schema"]}}));
@@ -127,8 +133,8 @@ fn read(model: &Resolved, f: &mut Fields) -> Result<Ask, Failure> {
     }
     let said = messages::with_models(model, messages::normalise(said)?);
     let mut ask = Ask::new(Input::Chat(said), Options::openai());
-    if let Some(stop) = f.take("stop_sequences") {
-        f.0.insert("stop".into(), stop);
+    if let Some(stop) = f.array("stop_sequences")? {
+        f.0.insert("stop".into(), stop.into());
     }
     openai::common(f, &mut ask)?;
     tools(f, &mut ask)?;
@@ -175,7 +181,7 @@ fn reason(end: &End) -> (&'static str, Value) {
 fn usage(end: &End) -> Value {
     let f = &end.finish;
     json!({"input_tokens": f.prompt_tokens - f.cached_tokens, "cache_read_input_tokens": f.cached_tokens,
-        "cache_creation_input_tokens": 0, "output_tokens": f.new_tokens})
+        "cache_creation_input_tokens": 0, "output_tokens": f.new_tokens, "evicted_tokens": f.evicted})
 }
 
 impl Form {
@@ -204,93 +210,80 @@ fn tool_use(c: &ToolCall, input: Value) -> Value {
     json!({"type": "tool_use", "id": c.id, "name": c.name, "input": input})
 }
 
-/// A named event.
-pub fn event(v: &Value) -> String {
-    format!("event: {}\ndata: {v}\n\n", v["type"].as_str().unwrap_or("message"))
-}
-
-struct Events {
-    answer: Answer,
-    ready: VecDeque<String>,
+/// Blocks, as they are written.
+struct Blocks {
+    form: Form,
     /// The block that is open, and blocks so far.
     open: Option<&'static str>,
     blocks: usize,
-    over: bool,
 }
 
-impl Events {
-    fn say(&mut self, v: Value) {
-        self.ready.push_back(event(&v));
-    }
-
-    fn close(&mut self) {
+impl Blocks {
+    fn close(&mut self, out: &mut Out) {
         if self.open.take().is_some() {
-            self.say(json!({"type": "content_block_stop", "index": self.blocks}));
+            out.push_back(event(&json!({"type": "content_block_stop", "index": self.blocks})));
             self.blocks += 1;
         }
     }
 
     /// Opens a block unless one of its kind is open.
-    fn open(&mut self, kind: &'static str, block: Value) {
+    fn open(&mut self, kind: &'static str, block: Value, out: &mut Out) {
         if self.open != Some(kind) || kind == "tool_use" {
-            self.close();
-            self.say(json!({"type": "content_block_start", "index": self.blocks, "content_block": block}));
+            self.close(out);
+            let v = json!({"type": "content_block_start", "index": self.blocks, "content_block": block});
+            out.push_back(event(&v));
             self.open = Some(kind);
         }
     }
 
-    fn delta(&mut self, delta: Value) {
-        self.say(json!({"type": "content_block_delta", "index": self.blocks, "delta": delta}));
+    fn delta(&self, delta: Value, out: &mut Out) {
+        out.push_back(event(&json!({"type": "content_block_delta", "index": self.blocks, "delta": delta})));
     }
 
-    fn piece(&mut self, p: Piece) {
+    fn piece(&mut self, p: Piece, out: &mut Out) {
         match p {
             Piece::Thinking(t) => {
-                self.open("thinking", json!({"type": "thinking", "thinking": "", "signature": ""}));
-                self.delta(json!({"type": "thinking_delta", "thinking": t}));
+                self.open("thinking", json!({"type": "thinking", "thinking": "", "signature": ""}), out);
+                self.delta(json!({"type": "thinking_delta", "thinking": t}), out);
             }
             Piece::Text(t) => {
-                self.open("text", json!({"type": "text", "text": ""}));
-                self.delta(json!({"type": "text_delta", "text": t}));
+                self.open("text", json!({"type": "text", "text": ""}), out);
+                self.delta(json!({"type": "text_delta", "text": t}), out);
             }
             Piece::Call(c) => {
-                self.open("tool_use", tool_use(&c, json!({})));
-                self.delta(json!({"type": "input_json_delta", "partial_json": c.arguments.to_string()}));
-                self.close();
+                self.open("tool_use", tool_use(&c, json!({})), out);
+                let json = c.arguments.to_string();
+                self.delta(json!({"type": "input_json_delta", "partial_json": json}), out);
+                self.close(out);
             }
         }
     }
 }
 
-impl stream::Source for Events {
-    async fn next(&mut self) -> Option<String> {
-        loop {
-            if let Some(s) = self.ready.pop_front() {
-                return Some(s);
-            }
-            if self.over {
-                return None;
-            }
-            match self.answer.next().await {
-                Ok(Step::Said { pieces, .. }) => pieces.into_iter().for_each(|p| self.piece(p)),
-                Ok(Step::Done(end)) => {
-                    self.over = true;
-                    if self.blocks == 0 && self.open.is_none() {
-                        self.open("text", json!({"type": "text", "text": ""}));
-                    }
-                    self.close();
-                    let (why, stop) = reason(&end);
-                    self.say(json!({"type": "message_delta", "usage": usage(&end),
-                        "delta": {"stop_reason": why, "stop_sequence": stop}}));
-                    self.say(json!({"type": "message_stop"}));
-                }
-                Err(f) => {
-                    self.over = true;
-                    stream::log(&f);
-                    self.say(error::anthropic(&f));
-                }
-            }
+impl stream::Dialect for Blocks {
+    fn begin(&mut self, answers: &[Answer], out: &mut Out) {
+        let n: usize = answers.iter().map(|a| a.prompt.len()).sum();
+        let message = self.form.message(Vec::new(), json!({"input_tokens": n, "output_tokens": 0}));
+        out.push_back(event(&json!({"type": "message_start", "message": message})));
+    }
+
+    fn said(&mut self, _: usize, said: Said, out: &mut Out) {
+        said.pieces.into_iter().for_each(|p| self.piece(p, out));
+    }
+
+    fn done(&mut self, _: usize, end: End, out: &mut Out) {
+        if self.blocks == 0 && self.open.is_none() {
+            self.open("text", json!({"type": "text", "text": ""}), out);
         }
+        self.close(out);
+        let (why, stop) = reason(&end);
+        out.push_back(event(&json!({"type": "message_delta", "usage": usage(&end),
+            "delta": {"stop_reason": why, "stop_sequence": stop}})));
+        out.push_back(event(&json!({"type": "message_stop"})));
+    }
+
+    fn failed(&mut self, f: &Failure, out: &mut Out) {
+        out.push_back(event(&error::anthropic(f)));
     }
 }
 
@@ -298,22 +291,19 @@ impl stream::Source for Events {
 pub async fn create(State(app): State<Arc<App>>, mut f: Fields) -> Result<Response, Failure> {
     let name = f.string("model")?.unwrap_or_default();
     let model = app.resolve(&name)?;
-    if !f.0.contains_key("max_tokens") {
-        return Err(Failure::field("max_tokens", "it is required"));
+    if f.0.get("max_tokens").and_then(parameters::whole).is_none_or(|n| n < 1) {
+        return Err(Failure::field("max_tokens", "it is required, and must be 1 or more"));
     }
     let ask = read(&model, &mut f)?;
     let streamed = f.boolean("stream")?.unwrap_or(false);
     f.nothing_else()?;
     let form = Form { id: format!("msg_{}", app.counter.fetch_add(1, Ordering::Relaxed)), model: name };
-    let mut answer = app.ask(&model, ask, 1).await?.remove(0);
-    if !streamed {
-        let (all, end) = answer.whole().await?;
-        return Ok(Json(form.whole(&all, &end)).into_response());
+    if streamed {
+        let asked = async move { app.ask(&model, ask, 1).await };
+        return stream::events(asked, Blocks { form, open: None, blocks: 0 }).await;
     }
-    let begun = json!({"input_tokens": answer.prompt.len(), "output_tokens": 0});
-    let start = event(&json!({"type": "message_start", "message": form.message(Vec::new(), begun)}));
-    let ready = VecDeque::from([start]);
-    Ok(stream::events(Events { answer, ready, open: None, blocks: 0, over: false }))
+    let (all, end) = app.ask(&model, ask, 1).await?.remove(0).whole().await?;
+    Ok(Json(form.whole(&all, &end)).into_response())
 }
 
 /// `POST /v1/messages/count_tokens`.

@@ -1,8 +1,9 @@
 //! What there is: models in the store and in memory, versions, health. Ollama's and OpenAI's forms.
 
 use super::fields::Fields;
+use crate::model::Source;
 use crate::serve::failure::Failure;
-use crate::serve::models::Loaded;
+use crate::serve::models::{Loaded, Loading};
 use crate::serve::prompt::App;
 use crate::store::{Details, Resolved};
 use axum::Json;
@@ -10,11 +11,16 @@ use axum::extract::{Path, State};
 use engine::gguf::{File, Metadata, Value as Meta};
 use engine::text::DEFAULT_TEMPLATE;
 use serde_json::{Map, Value, json};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 /// Ollama's version whose interface this is: clients refuse what is older.
 const OLLAMA: &str = "0.12.6";
+
+/// Files whose details are remembered at most.
+const MOST_KNOWN: usize = 4096;
 
 /// As Ollama writes it.
 pub fn time(t: SystemTime) -> String {
@@ -28,14 +34,57 @@ fn facts(m: &Resolved) -> Result<(Details, File), Failure> {
     Ok((details, file))
 }
 
+/// What tells a file from what it was before, and the template that goes with it.
+type Key = (String, u64, Option<SystemTime>, Option<String>);
+
+/// Details of files that were opened before.
+#[derive(Default)]
+pub struct Known(Mutex<HashMap<Key, Details>>);
+
+impl Known {
+    /// Of a model whose file has not changed since, without opening it. `None`: it cannot be opened.
+    fn details(&self, m: &Resolved) -> Option<Details> {
+        let meta = match &m.source {
+            Source::File(path) => std::fs::metadata(path).ok(),
+            Source::Demo => None,
+        };
+        let (len, time) = meta.map_or((0, None), |m| (m.len(), m.modified().ok()));
+        let key = (m.source.name(), len, time, m.template.clone());
+        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(d) = known().get(&key) {
+            return Some(Details { parent_model: m.parent().to_owned(), ..d.clone() });
+        }
+        let details = facts(m).ok()?.0;
+        let mut all = known();
+        if all.len() >= MOST_KNOWN {
+            all.clear();
+        }
+        all.insert(key, details.clone());
+        Some(details)
+    }
+}
+
 /// `GET /api/version`.
 pub async fn version() -> Json<Value> {
     Json(json!({"version": OLLAMA, "rsinfer": env!("CARGO_PKG_VERSION")}))
 }
 
-/// `GET /health`.
-pub async fn health() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+/// `GET /health`. As llama-server's until the model of the command line is there; later loads are told beside it.
+pub async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, Failure> {
+    if app.starting.load(Ordering::Relaxed) {
+        return Err(Failure::Unavailable("Loading model".into()));
+    }
+    let mut v = json!({"status": "ok"});
+    if let Some(l) = app.models.loading() {
+        v["loading"] = loading(&l);
+    }
+    Ok(Json(v))
+}
+
+/// A load under way.
+pub fn loading(l: &Loading) -> Value {
+    json!({"model": l.name, "seconds": l.since.elapsed().as_secs_f64(), "bytes": l.progress.done(),
+        "total_bytes": l.progress.total()})
 }
 
 /// `GET /metrics`.
@@ -52,7 +101,7 @@ pub async fn tags(State(app): State<Arc<App>>) -> Result<Json<Value>, Failure> {
     let all = blocking(app, |app| {
         let list = app.store.list().map_err(Failure::internal)?;
         let entry = |m: &Resolved| {
-            let facts = facts(m).map(|f| f.0).ok();
+            let facts = app.known.details(m);
             json!({"name": m.name, "model": m.name, "modified_at": time(m.modified), "size": m.size,
                 "digest": m.digest, "details": facts,
                 "capabilities": facts.as_ref().map(|f| &f.capabilities)})
@@ -77,7 +126,7 @@ pub async fn ps(State(app): State<Arc<App>>) -> Json<Value> {
     all.sort_by_key(|(e, _)| std::cmp::Reverse(e.map_or((1, SystemTime::UNIX_EPOCH), |t| (0, t))));
     let ever = "2318-01-01T00:00:00Z";
     let entry = |(expires, l): &(Option<SystemTime>, Arc<Loaded>)| {
-        let details = facts(&l.resolved).map(|f| f.0).unwrap_or_default();
+        let details = app.known.details(&l.resolved).unwrap_or_default();
         json!({"name": l.resolved.name, "model": l.resolved.name, "size": l.resident + l.mapped,
             "digest": l.resolved.digest, "details": details, "size_vram": 0, "context_length": l.ctx,
             "expires_at": expires.map_or(ever.into(), time), "parallel": l.parallel, "kv": l.kv.to_string(),

@@ -88,7 +88,7 @@ pub async fn openai(State(app): State<Arc<App>>, mut f: Fields) -> Result<Json<V
         Some("base64") => true,
         Some(_) => return Err(Failure::field("encoding_format", "it must be float or base64")),
     };
-    f.take("user");
+    f.string("user")?;
     f.nothing_else()?;
     let e = app.embed(&model, &ask, input, dimensions).await?;
     let form = |v: &Vec<f32>| match base64 {

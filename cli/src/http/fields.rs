@@ -1,7 +1,7 @@
 //! A request's JSON object, field by field: each is taken out once, with its type checked; what is left over is unknown.
 
 use crate::serve::failure::Failure;
-use crate::serve::options;
+use crate::store::parameters;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use serde_json::{Map, Value};
@@ -41,7 +41,8 @@ impl Fields {
     }
 
     pub fn int(&mut self, name: &str) -> Result<Option<i64>, Failure> {
-        self.take(name).map(|v| options::int(name, &v)).transpose()
+        let whole = |v| parameters::whole(&v).ok_or_else(|| wrong(name, "a whole number"));
+        self.take(name).map(whole).transpose()
     }
 
     /// A whole number in a range.
@@ -68,6 +69,25 @@ impl Fields {
             None => Ok(None),
             Some(Value::Object(o)) => Ok(Some(o)),
             Some(_) => Err(wrong(name, "an object")),
+        }
+    }
+
+    /// Descriptions of functions, in OpenAI's form, which is Ollama's too.
+    pub fn tools(&mut self, name: &str) -> Result<Vec<Value>, Failure> {
+        let all = self.array(name)?.unwrap_or_default();
+        let sound = |t: &Value| {
+            let (f, kind) = (&t["function"], &t["type"]);
+            let optional = |v: &Value, is: fn(&Value) -> bool| v.is_null() || is(v);
+            f["name"].is_string()
+                && optional(kind, |k| k == "function")
+                && optional(&f["description"], Value::is_string)
+                && optional(&f["parameters"], Value::is_object)
+        };
+        match all.iter().all(sound) {
+            true => Ok(all),
+            false => {
+                Err(wrong(name, "an array of functions, each with a name and parameters that are a schema"))
+            }
         }
     }
 

@@ -3,9 +3,9 @@
 //! loaded, else the field `model` says.
 
 use super::fields::Fields;
-use super::{error, messages, openai, stream};
-use crate::serve::answer::{Answer, End, Step, Whole};
-use crate::serve::constrain::Format;
+use super::stream::{self, Out};
+use super::{error, messages, openai};
+use crate::serve::answer::{Answer, End, Said, Whole};
 use crate::serve::failure::Failure;
 use crate::serve::options::Options;
 use crate::serve::prompt::{App, Ask, Input};
@@ -15,7 +15,7 @@ use axum::Json;
 use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
 use engine::text::EncodeOptions;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -43,12 +43,8 @@ pub async fn props(State(app): State<Arc<App>>, Query(q): Parameters) -> Result<
     let m = model(&app, q.get("model").map(String::as_str))?;
     let lease = app.load(&m, &plain()).await?;
     let l = &lease.loaded;
-    let s = Options::llama().sampler;
     Ok(Json(json!({
-        "default_generation_settings": {"n_ctx": l.ctx, "params": {"temperature": s.temperature, "top_k": s.top_k,
-            "top_p": s.top_p, "min_p": s.min_p, "typical_p": s.typical_p, "repeat_last_n": s.repeat_last_n,
-            "repeat_penalty": s.repeat_penalty, "presence_penalty": s.presence_penalty,
-            "frequency_penalty": s.frequency_penalty, "n_predict": -1, "seed": -1}},
+        "default_generation_settings": {"n_ctx": l.ctx, "params": settings(&Options::llama())},
         "total_slots": l.parallel, "model_alias": l.resolved.name, "model_path": l.resolved.source.name(),
         "chat_template": l.template.source(), "modalities": {"vision": false, "audio": false},
         "build_info": format!("rsinfer {}", env!("CARGO_PKG_VERSION")), "kv": l.kv.to_string(),
@@ -114,9 +110,9 @@ pub async fn apply_template(State(app): State<Arc<App>>, mut f: Fields) -> Resul
     let m = model(&app, f.string("model")?.as_deref())?;
     let said = messages::normalise(f.array("messages")?.unwrap_or_default())?;
     let mut ask = Ask::new(Input::Chat(said), Options::llama());
-    ask.tools = f.array("tools")?.unwrap_or_default();
+    ask.tools = f.tools("tools")?;
     ask.kwargs = f.object("chat_template_kwargs")?.unwrap_or_default();
-    f.take("add_generation_prompt");
+    f.refuse("add_generation_prompt", |v| *v == json!(true))?;
     f.nothing_else()?;
     Ok(Json(json!({"prompt": app.prompt(&m, ask).await?.1})))
 }
@@ -169,12 +165,7 @@ fn own(f: &mut Fields, ask: &mut Ask) -> Result<(), Failure> {
             ask.logit_bias.push((id, bias));
         }
     }
-    let schema = f.take("json_schema").map(Format::Schema);
-    let grammar = f.string("grammar")?.filter(|g| !g.is_empty()).map(Format::Gbnf);
-    if schema.is_some() && grammar.is_some() {
-        return Err(Failure::field("grammar", "either a grammar or a json_schema is possible"));
-    }
-    ask.format = schema.or(grammar);
+    ask.format = openai::grammar(f)?;
     ask.logprobs = f.within("n_probs", 0..=20)?.filter(|n| *n > 0);
     // Defaults of llama-server that say what is done here anyway.
     f.refuse("id_slot", |v| *v == json!(-1))?;
@@ -182,34 +173,50 @@ fn own(f: &mut Fields, ask: &mut Ask) -> Result<(), Failure> {
     for off in ["mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "n_indent", "min_keep"] {
         f.refuse(off, |v| v.as_f64() == Some(0.0))?;
     }
-    f.take("n_keep");
     Ok(())
 }
 
+/// How an answer is written.
 struct Form {
     model: String,
     /// Ids as well as text.
     tokens: bool,
+    stream: bool,
 }
 
 impl Form {
-    fn end(&self, content: &str, ids: &[u32], probs: &[TokenLogprob], prompt: usize, end: &End) -> Value {
+    /// What an answer's end says, with all of the answer that was not said before.
+    fn end(&self, said: &Whole, prompt: usize, options: &Options, end: &End) -> Value {
         let f = &end.finish;
         let (kind, word) = match &f.reason {
             Reason::Stop => ("eos", ""),
             Reason::StopString(s) => ("word", s.as_str()),
             Reason::Length => ("limit", ""),
         };
-        let mut v = json!({"index": 0, "content": content, "stop": true, "model": self.model, "stop_type": kind,
+        let mut settings = settings(options);
+        settings["stream"] = self.stream.into();
+        let mut v = json!({"index": 0, "content": said.text, "stop": true, "model": self.model, "stop_type": kind,
             "stopping_word": word, "tokens_predicted": f.new_tokens, "tokens_evaluated": prompt,
             "tokens_cached": f.cached_tokens, "truncated": f.evicted > 0, "tokens_evicted": f.evicted,
-            "timings": openai::timings(end), "generation_settings": {}, "has_new_line": content.contains('\n')});
-        v["tokens"] = if self.tokens { json!(ids) } else { json!([]) };
-        if !probs.is_empty() {
-            v["completion_probabilities"] = probs.iter().map(probability).collect();
+            "timings": openai::timings(end), "generation_settings": settings,
+            "has_new_line": said.text.contains('\n')});
+        v["tokens"] = if self.tokens { json!(said.tokens) } else { json!([]) };
+        if !said.logprobs.is_empty() {
+            v["completion_probabilities"] = said.logprobs.iter().map(probability).collect();
         }
         v
     }
+}
+
+/// What a request asks of generation, by llama-server's names.
+fn settings(o: &Options) -> Value {
+    let s = &o.sampler;
+    json!({"n_predict": o.num_predict, "max_tokens": o.num_predict, "n_keep": o.num_keep.unwrap_or(0),
+        "seed": s.seed.map_or(json!(-1), |n| json!(n)), "temperature": s.temperature, "top_k": s.top_k,
+        "top_p": s.top_p, "min_p": s.min_p, "typical_p": s.typical_p, "repeat_last_n": s.repeat_last_n as i64,
+        "repeat_penalty": s.repeat_penalty, "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty, "stop": o.stop, "ignore_eos": o.ignore_eos,
+        "logit_bias": s.logit_bias.iter().map(|(token, bias)| json!({"token": token, "bias": bias})).collect::<Vec<_>>()})
 }
 
 fn probability(p: &TokenLogprob) -> Value {
@@ -219,43 +226,44 @@ fn probability(p: &TokenLogprob) -> Value {
     v
 }
 
-struct Events {
-    answer: Answer,
+/// The chunks of an answer.
+struct Chunks {
     form: Form,
-    over: bool,
+    /// The prompt's length, and what was asked for.
+    prompt: usize,
+    options: Arc<Options>,
 }
 
-impl stream::Source for Events {
-    async fn next(&mut self) -> Option<String> {
-        while !self.over {
-            let v = match self.answer.next().await {
-                Ok(Step::Said { pieces, token, logprob }) => {
-                    let mut all = Whole::default();
-                    all.take(pieces);
-                    let (text, probs) = (all.text, logprob.as_slice());
-                    let ids: Vec<u32> = token.into_iter().filter(|_| self.form.tokens).collect();
-                    if text.is_empty() && ids.is_empty() && probs.is_empty() {
-                        continue;
-                    }
-                    let mut v = json!({"index": 0, "content": text, "tokens": ids, "stop": false});
-                    if !probs.is_empty() {
-                        v["completion_probabilities"] = probs.iter().map(probability).collect();
-                    }
-                    v
-                }
-                Ok(Step::Done(end)) => {
-                    self.over = true;
-                    self.form.end("", &[], &[], self.answer.prompt.len(), &end)
-                }
-                Err(f) => {
-                    self.over = true;
-                    stream::log(&f);
-                    error::llama(&f)
-                }
-            };
-            return Some(stream::data(&v));
+impl stream::Dialect for Chunks {
+    fn begin(&mut self, answers: &[Answer], _: &mut Out) {
+        for a in answers {
+            (self.prompt, self.options) = (a.prompt.len(), a.options.clone());
         }
-        None
+    }
+
+    fn said(&mut self, _: usize, said: Said, out: &mut Out) {
+        let mut all = Whole::default();
+        all.take(said);
+        if !self.form.tokens {
+            all.tokens.clear();
+        }
+        if all.text.is_empty() && all.tokens.is_empty() && all.logprobs.is_empty() {
+            return;
+        }
+        let mut v = json!({"index": 0, "content": all.text, "tokens": all.tokens, "stop": false});
+        if !all.logprobs.is_empty() {
+            v["completion_probabilities"] = all.logprobs.iter().map(probability).collect();
+        }
+        out.push_back(stream::data(&v));
+    }
+
+    fn done(&mut self, _: usize, end: End, out: &mut Out) {
+        let end = self.form.end(&Whole::default(), self.prompt, &self.options, &end);
+        out.push_back(stream::data(&end));
+    }
+
+    fn failed(&mut self, f: &Failure, out: &mut Out) {
+        out.push_back(stream::data(&error::llama(f)));
     }
 }
 
@@ -267,18 +275,14 @@ pub async fn completion(State(app): State<Arc<App>>, mut f: Fields) -> Result<Re
     own(&mut f, &mut ask)?;
     openai::common(&mut f, &mut ask)?;
     let tokens = f.boolean("return_tokens")?.unwrap_or(false);
-    let streamed = f.boolean("stream")?.unwrap_or(false);
+    let stream = f.boolean("stream")?.unwrap_or(false);
     f.nothing_else()?;
-    let form = Form { model: m.name.clone(), tokens };
-    let mut answer = app.ask(&m, ask, 1).await?.remove(0);
-    if streamed {
-        return Ok(stream::events(Events { answer, form, over: false }));
+    let form = Form { model: m.name.clone(), tokens, stream };
+    if stream {
+        let chunks = Chunks { form, prompt: 0, options: Arc::new(Options::llama()) };
+        return stream::events(async move { app.ask(&m, ask, 1).await }, chunks).await;
     }
+    let mut answer = app.ask(&m, ask, 1).await?.remove(0);
     let (all, end) = answer.whole().await?;
-    let v: Map<String, Value> =
-        match form.end(&all.text, &all.tokens, &all.logprobs, answer.prompt.len(), &end) {
-            Value::Object(m) => m,
-            _ => Map::new(),
-        };
-    Ok(Json(Value::from(v)).into_response())
+    Ok(Json(form.end(&all, answer.prompt.len(), &answer.options, &end)).into_response())
 }

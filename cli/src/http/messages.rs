@@ -48,10 +48,23 @@ pub fn normalise(messages: Vec<Value>) -> Result<Vec<Value>, Failure> {
         // Templates know no developers.
         new.insert("role".into(), if role == "developer" { "system".into() } else { role.as_str().into() });
         new.insert("content".into(), content(&at("content"), m.remove("content"))?);
+        let mut text = |name: &str| match m.remove(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(_) => Err(Failure::field(&at(name), "it must be a string")),
+        };
         // Ollama's and OpenAI's names; templates read the latter.
-        let thinking = ["thinking", "reasoning_content", "reasoning"].iter().filter_map(|n| m.remove(*n));
-        if let Some(t) = thinking.into_iter().find(Value::is_string) {
-            new.insert("reasoning_content".into(), t);
+        for (from, to) in [
+            ("thinking", "reasoning_content"),
+            ("reasoning", "reasoning_content"),
+            ("reasoning_content", "reasoning_content"),
+            ("tool_name", "name"),
+            ("name", "name"),
+            ("tool_call_id", "tool_call_id"),
+        ] {
+            if let Some(s) = text(from)? {
+                new.insert(to.into(), s.into());
+            }
         }
         if let Some(calls) = m.remove("tool_calls").filter(|c| !c.is_null() && *c != json!([])) {
             let calls = calls
@@ -59,8 +72,13 @@ pub fn normalise(messages: Vec<Value>) -> Result<Vec<Value>, Failure> {
                 .cloned()
                 .ok_or_else(|| Failure::field(&at("tool_calls"), "it must be an array"))?;
             for c in &calls {
-                if !c["function"]["name"].is_string() {
-                    return Err(Failure::field(&at("tool_calls"), "every call needs a function with a name"));
+                let (f, optional) = (&c["function"], |v: &Value, kind: &str| v.is_null() || v == kind);
+                let arguments = &f["arguments"];
+                let sound = arguments.is_object() || arguments.is_string() || arguments.is_null();
+                let sound = sound && (c["id"].is_string() || c["id"].is_null());
+                if !f["name"].is_string() || !sound || !optional(&c["type"], "function") {
+                    let why = "every call needs a function with a name and arguments, an object or its text";
+                    return Err(Failure::field(&at("tool_calls"), why));
                 }
             }
             let typed = calls.into_iter().map(|mut c| {
@@ -70,11 +88,6 @@ pub fn normalise(messages: Vec<Value>) -> Result<Vec<Value>, Failure> {
                 c
             });
             new.insert("tool_calls".into(), typed.collect());
-        }
-        for (from, to) in [("tool_name", "name"), ("name", "name"), ("tool_call_id", "tool_call_id")] {
-            if let Some(v) = m.remove(from).filter(Value::is_string) {
-                new.insert(to.into(), v);
-            }
         }
         if role != "assistant" && new["content"].is_null() {
             return Err(Failure::field(&at("content"), "it is missing"));

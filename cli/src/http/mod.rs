@@ -17,6 +17,8 @@ mod responses;
 mod status;
 mod stream;
 
+pub use catalog::Known;
+
 use crate::serve::config::Config;
 use crate::serve::failure::Failure;
 use crate::serve::metrics::Metrics;
@@ -33,6 +35,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -105,15 +108,21 @@ pub async fn serve(config: Config) -> Result<()> {
         config,
         metrics,
         counter: Default::default(),
+        starting: preload.is_some().into(),
+        known: Known::default(),
     });
-    if let Some(name) = preload {
-        let model = app.resolve(&name).map_err(|f| anyhow::anyhow!("{f}"))?;
-        let loaded = app.models.acquire(&model, &Default::default(), None).await;
-        loaded.map_err(|f| anyhow::anyhow!("{f}"))?;
-    }
-    let routes = router(app, at.ip().is_loopback());
+    let routes = router(app.clone(), at.ip().is_loopback());
     // For people and for those who wait for it.
     eprintln!("rsinfer serves on http://{at}");
+    let mut preloading = std::pin::pin!(async {
+        if let Some(name) = preload {
+            let model = app.resolve(&name)?;
+            drop(app.models.acquire(&model, &Default::default(), None).await?);
+            app.starting.store(false, Ordering::Relaxed);
+        }
+        Ok::<(), Failure>(())
+    });
+    let mut preloaded = false;
     let graceful = GracefulShutdown::new();
     let mut signals = Signals::new()?;
     loop {
@@ -127,6 +136,11 @@ pub async fn serve(config: Config) -> Result<()> {
                     continue;
                 }
             },
+            loaded = &mut preloading, if !preloaded => {
+                loaded?;
+                preloaded = true;
+                continue;
+            }
             () = signals.next() => break,
         };
         let _ = socket.set_nodelay(true);

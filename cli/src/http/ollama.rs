@@ -1,15 +1,16 @@
 //! Ollama's `/api/generate` and `/api/chat`: fields in, lines or one object out.
 
 use super::fields::Fields;
-use super::{error, messages, stream};
-use crate::serve::answer::{Answer, End, Step};
+use super::stream::{self, Out};
+use super::{error, messages};
+use crate::serve::answer::{Answer, End, Said, Whole};
 use crate::serve::constrain::Format;
 use crate::serve::duration::KeepAlive;
 use crate::serve::failure::Failure;
 use crate::serve::options::Options;
 use crate::serve::prompt::{App, Ask, Input, Thinking};
 use crate::serve::request::{Reason, TokenLogprob};
-use crate::serve::tools::{Piece, ToolCall};
+use crate::serve::tools::ToolCall;
 use crate::store::Resolved;
 use axum::Json;
 use axum::extract::State;
@@ -93,20 +94,14 @@ impl Form {
         m
     }
 
-    fn said(
-        &self,
-        text: &str,
-        thinking: &str,
-        calls: &[ToolCall],
-        first_call: usize,
-        probs: &[TokenLogprob],
-    ) -> Map<String, Value> {
-        let calls: Vec<Value> = calls.iter().enumerate().map(|(i, c)| call(first_call + i, c)).collect();
+    /// What was said; `first_call`: calls before.
+    fn said(&self, said: &Whole, first_call: usize) -> Map<String, Value> {
+        let calls: Vec<Value> = said.calls.iter().enumerate().map(|(i, c)| call(first_call + i, c)).collect();
         let mut m = self.line();
         let mut inner = Map::new();
-        inner.insert(if self.chat { "content" } else { "response" }.into(), text.into());
-        if !thinking.is_empty() {
-            inner.insert("thinking".into(), thinking.into());
+        inner.insert(if self.chat { "content" } else { "response" }.into(), said.text.as_str().into());
+        if !said.thinking.is_empty() {
+            inner.insert("thinking".into(), said.thinking.as_str().into());
         }
         if !calls.is_empty() {
             inner.insert("tool_calls".into(), calls.into());
@@ -118,8 +113,8 @@ impl Form {
             m.extend(inner);
         }
         m.insert("done".into(), false.into());
-        if !probs.is_empty() {
-            m.insert("logprobs".into(), probs.iter().map(logprob).collect());
+        if !said.logprobs.is_empty() {
+            m.insert("logprobs".into(), said.logprobs.iter().map(logprob).collect());
         }
         m
     }
@@ -143,6 +138,9 @@ impl Form {
         ] {
             m.insert(name.into(), value.into());
         }
+        if f.head_evicted > 0 {
+            m.insert("system_evicted_tokens".into(), f.head_evicted.into());
+        }
         if end.reloaded {
             m.insert("reloaded".into(), true.into());
         }
@@ -163,65 +161,51 @@ fn logprob(p: &TokenLogprob) -> Value {
 
 /// The lines of an answer.
 struct Lines {
-    answer: Answer,
     form: Form,
+    /// The prompt's, and those of the answer so far.
     tokens: Vec<u32>,
     calls: usize,
-    over: bool,
 }
 
-impl stream::Source for Lines {
-    async fn next(&mut self) -> Option<String> {
-        while !self.over {
-            let line: Value = match self.answer.next().await {
-                Ok(Step::Said { pieces, token, logprob }) => {
-                    self.tokens.extend(token);
-                    let (mut text, mut thinking, mut calls) = (String::new(), String::new(), Vec::new());
-                    for p in pieces {
-                        match p {
-                            Piece::Text(t) => text += &t,
-                            Piece::Thinking(t) => thinking += &t,
-                            Piece::Call(c) => calls.push(c),
-                        }
-                    }
-                    if text.is_empty() && thinking.is_empty() && calls.is_empty() && logprob.is_none() {
-                        continue;
-                    }
-                    let first = self.calls;
-                    self.calls += calls.len();
-                    self.form.said(&text, &thinking, &calls, first, logprob.as_slice()).into()
-                }
-                Ok(Step::Done(end)) => {
-                    self.over = true;
-                    let tokens =
-                        [std::mem::take(&mut self.answer.prompt), std::mem::take(&mut self.tokens)].concat();
-                    self.form.done(self.form.said("", "", &[], 0, &[]), &end, tokens)
-                }
-                Err(f) => {
-                    self.over = true;
-                    stream::log(&f);
-                    error::ollama(&f)
-                }
-            };
-            return Some(format!("{line}\n"));
+impl stream::Dialect for Lines {
+    fn begin(&mut self, answers: &[Answer], _: &mut Out) {
+        self.tokens = answers.iter().flat_map(|a| a.prompt.iter().copied()).collect();
+    }
+
+    fn said(&mut self, _: usize, said: Said, out: &mut Out) {
+        let mut all = Whole::default();
+        all.take(said);
+        self.tokens.extend(&all.tokens);
+        if all.text.is_empty() && all.thinking.is_empty() && all.calls.is_empty() && all.logprobs.is_empty() {
+            return;
         }
-        None
+        out.push_back(format!("{}\n", Value::from(self.form.said(&all, self.calls))));
+        self.calls += all.calls.len();
+    }
+
+    fn done(&mut self, _: usize, end: End, out: &mut Out) {
+        let line = self.form.said(&Whole::default(), 0);
+        out.push_back(format!("{}\n", self.form.done(line, &end, std::mem::take(&mut self.tokens))));
+    }
+
+    fn failed(&mut self, f: &Failure, out: &mut Out) {
+        out.push_back(format!("{}\n", error::ollama(f)));
     }
 }
 
 async fn respond(mut answer: Answer, form: Form, streamed: bool) -> Result<Response, Failure> {
     if streamed {
-        return Ok(stream::ndjson(Lines { answer, form, tokens: Vec::new(), calls: 0, over: false }));
+        return Ok(stream::ndjson(vec![answer], Lines { form, tokens: Vec::new(), calls: 0 }));
     }
     let (all, end) = answer.whole().await?;
-    let line = form.said(&all.text, &all.thinking, &all.calls, 0, &all.logprobs);
+    let line = form.said(&all, 0);
     let tokens = [answer.prompt, all.tokens].concat();
     Ok(Json(form.done(line, &end, tokens)).into_response())
 }
 
 /// A request without a prompt: the model is loaded, or unloaded.
 async fn touch(app: &App, model: &Resolved, ask: &Ask, form: &Form) -> Result<Response, Failure> {
-    let mut m = form.said("", "", &[], 0, &[]);
+    let mut m = form.said(&Whole::default(), 0);
     m.insert("done".into(), true.into());
     if ask.keep_alive == Some(KeepAlive(Some(Duration::ZERO))) {
         app.models.stop(&model.source);
@@ -241,7 +225,7 @@ pub async fn chat(State(app): State<Arc<App>>, mut f: Fields) -> Result<Response
     let empty = said.is_empty();
     let mut ask = Ask::new(Input::Chat(messages::with_models(&model, said)), Options::ollama());
     common(&mut f, &mut ask)?;
-    ask.tools = f.array("tools")?.unwrap_or_default();
+    ask.tools = f.tools("tools")?;
     let streamed = f.boolean("stream")?.unwrap_or(true);
     let form = Form { model: name, chat: true, context: false };
     if empty {

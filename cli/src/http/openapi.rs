@@ -3,19 +3,46 @@
 
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
+use serde_json::{Value, json};
+use std::sync::LazyLock;
 
 const DOCUMENT: &str = include_str!("openapi.json");
 
+/// With what holds everywhere, and is written once: what need not be there may be null, and counts as left out.
+static SERVED: LazyLock<String> = LazyLock::new(|| {
+    let mut doc: Value = serde_json::from_str(DOCUMENT).expect("a test reads it");
+    nullable(&mut doc["components"]["schemas"]);
+    doc.to_string()
+});
+
+fn nullable(v: &mut Value) {
+    match v {
+        Value::Object(o) => {
+            if o.get("additionalProperties") == Some(&json!(false)) {
+                o.insert("additionalProperties".into(), json!({"type": "null"}));
+            }
+            let needed = o.get("required").and_then(Value::as_array).cloned().unwrap_or_default();
+            if let Some(Value::Object(properties)) = o.get_mut("properties") {
+                for (_, schema) in properties.iter_mut().filter(|(n, _)| !needed.iter().any(|v| v == *n)) {
+                    *schema = json!({"anyOf": [schema.take(), {"type": "null"}]});
+                }
+            }
+            o.values_mut().for_each(nullable);
+        }
+        Value::Array(a) => a.iter_mut().for_each(nullable),
+        _ => {}
+    }
+}
+
 /// See the module.
 pub async fn document() -> impl IntoResponse {
-    ([(CONTENT_TYPE, "application/json")], DOCUMENT)
+    ([(CONTENT_TYPE, "application/json")], &**SERVED)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use regex::Regex;
-    use serde_json::Value;
     use std::collections::BTreeSet;
 
     /// `METHOD path` of every route, as the router's source says it: axum does not list them.
@@ -38,7 +65,7 @@ mod tests {
     }
 
     fn document() -> Value {
-        serde_json::from_str(DOCUMENT).expect("JSON")
+        serde_json::from_str(&SERVED).expect("JSON")
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! OpenAI's `/v1/responses`, without a memory: what came before is sent again by the client.
 
-use super::anthropic::event;
 use super::fields::Fields;
-use super::{error, messages, openai, stream};
-use crate::serve::answer::{Answer, End, Step, Whole};
+use super::stream::{self, Out, event};
+use super::{error, messages, openai};
+use crate::serve::answer::{Answer, End, Said, Whole};
 use crate::serve::constrain::Format;
 use crate::serve::failure::Failure;
 use crate::serve::options::Options;
@@ -15,7 +15,6 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -132,7 +131,7 @@ impl Form {
             v["usage"] = json!({"input_tokens": f.prompt_tokens, "output_tokens": f.new_tokens,
                 "total_tokens": f.prompt_tokens + f.new_tokens,
                 "input_tokens_details": {"cached_tokens": f.cached_tokens},
-                "output_tokens_details": {"reasoning_tokens": 0}});
+                "output_tokens_details": {"reasoning_tokens": f.thought_tokens}, "evicted_tokens": f.evicted});
         }
         v
     }
@@ -182,24 +181,24 @@ enum Open {
     Message(String),
 }
 
-struct Events {
-    answer: Answer,
+/// Items, as they are written.
+struct Items {
     form: Form,
-    ready: VecDeque<String>,
     open: Option<Open>,
     output: Vec<Value>,
+    /// Events so far, and those of them that are not sent.
     sequence: usize,
-    over: bool,
+    said: Out,
 }
 
-impl Events {
+impl Items {
     fn say(&mut self, kind: &str, fields: Value) {
         let mut v = json!({"type": kind, "sequence_number": self.sequence});
         if let (Value::Object(v), Value::Object(f)) = (&mut v, fields) {
             v.extend(f);
         }
         self.sequence += 1;
-        self.ready.push_back(event(&v));
+        self.said.push_back(event(&v));
     }
 
     fn id(&self, prefix: &str) -> String {
@@ -210,7 +209,7 @@ impl Events {
         self.say("response.output_item.added", json!({"output_index": self.output.len(), "item": item}));
     }
 
-    fn done(&mut self, item: Value) {
+    fn finish(&mut self, item: Value) {
         self.say("response.output_item.done", json!({"output_index": self.output.len(), "item": item}));
         self.output.push(item);
     }
@@ -226,7 +225,7 @@ impl Events {
                     json!({"item_id": id, "output_index": n, "content_index": 0, "text": text}),
                 );
                 let item = self.form.reasoning(n, &text);
-                self.done(item);
+                self.finish(item);
             }
             Some(Open::Message(text)) => {
                 let at = json!({"item_id": self.id("msg"), "output_index": n, "content_index": 0});
@@ -238,7 +237,7 @@ impl Events {
                 self.say("response.output_text.done", with("text", json!(text)));
                 self.say("response.content_part.done", with("part", part(&text)));
                 let item = self.form.message(n, &text, end);
-                self.done(item);
+                self.finish(item);
             }
         }
     }
@@ -291,7 +290,7 @@ impl Events {
                     json!({"item_id": id, "output_index": n, "arguments": arguments}),
                 );
                 let item = self.form.call(n, &c, &arguments);
-                self.done(item);
+                self.finish(item);
             }
         }
     }
@@ -309,36 +308,35 @@ impl Events {
     }
 }
 
-impl stream::Source for Events {
-    async fn next(&mut self) -> Option<String> {
-        loop {
-            if let Some(s) = self.ready.pop_front() {
-                return Some(s);
-            }
-            if self.over {
-                return None;
-            }
-            match self.answer.next().await {
-                Ok(Step::Said { pieces, .. }) => pieces.into_iter().for_each(|p| self.piece(p)),
-                Ok(Step::Done(end)) => {
-                    self.over = true;
-                    if self.output.is_empty() && self.open.is_none() {
-                        self.open_message();
-                    }
-                    self.close(status(&end));
-                    let whole = self.form.response(status(&end), &self.output, Some(&end));
-                    self.say(&format!("response.{}", status(&end)), json!({"response": whole}));
-                }
-                Err(f) => {
-                    self.over = true;
-                    stream::log(&f);
-                    let mut whole = self.form.response("failed", &self.output, None);
-                    let e = error::openai(&f);
-                    whole["error"] = json!({"code": e["error"]["type"], "message": e["error"]["message"]});
-                    self.say("response.failed", json!({"response": whole}));
-                }
-            }
+impl stream::Dialect for Items {
+    fn begin(&mut self, _: &[Answer], out: &mut Out) {
+        let begun = self.form.response("in_progress", &[], None);
+        self.say("response.created", json!({"response": begun}));
+        self.say("response.in_progress", json!({"response": begun}));
+        out.append(&mut self.said);
+    }
+
+    fn said(&mut self, _: usize, said: Said, out: &mut Out) {
+        said.pieces.into_iter().for_each(|p| self.piece(p));
+        out.append(&mut self.said);
+    }
+
+    fn done(&mut self, _: usize, end: End, out: &mut Out) {
+        if self.output.is_empty() && self.open.is_none() {
+            self.open_message();
         }
+        self.close(status(&end));
+        let whole = self.form.response(status(&end), &self.output, Some(&end));
+        self.say(&format!("response.{}", status(&end)), json!({"response": whole}));
+        out.append(&mut self.said);
+    }
+
+    fn failed(&mut self, f: &Failure, out: &mut Out) {
+        let mut whole = self.form.response("failed", &self.output, None);
+        let e = error::openai(f);
+        whole["error"] = json!({"code": e["error"]["type"], "message": e["error"]["message"]});
+        self.say("response.failed", json!({"response": whole}));
+        out.append(&mut self.said);
     }
 }
 
@@ -398,26 +396,14 @@ pub async fn create(State(app): State<Arc<App>>, mut f: Fields) -> Result<Respon
     let mut said = Map::new();
     let ask = read(&model, &mut f, &mut said)?;
     let streamed = f.boolean("stream")?.unwrap_or(false);
-    f.take("stream_options");
+    f.object("stream_options")?;
     f.nothing_else()?;
     let id = format!("resp_{}", app.counter.fetch_add(1, Ordering::Relaxed));
     let form = Form { id, created: jiff::Timestamp::now().as_second(), model: name, said };
-    let mut answer = app.ask(&model, ask, 1).await?.remove(0);
-    if !streamed {
-        let (all, end) = answer.whole().await?;
-        return Ok(Json(form.whole(&all, &end)).into_response());
+    if streamed {
+        let items = Items { form, open: None, output: Vec::new(), sequence: 0, said: Out::new() };
+        return stream::events(async move { app.ask(&model, ask, 1).await }, items).await;
     }
-    let mut events = Events {
-        answer,
-        form,
-        ready: VecDeque::new(),
-        open: None,
-        output: Vec::new(),
-        sequence: 0,
-        over: false,
-    };
-    let begun = events.form.response("in_progress", &[], None);
-    events.say("response.created", json!({"response": begun}));
-    events.say("response.in_progress", json!({"response": begun}));
-    Ok(stream::events(events))
+    let (all, end) = app.ask(&model, ask, 1).await?.remove(0).whole().await?;
+    Ok(Json(form.whole(&all, &end)).into_response())
 }

@@ -1,7 +1,7 @@
 //! `GET /api/status`: of every loaded model the memory plan, the queue, and what the cache holds of each sequence. For people
 //! (the page at `/`) and their scripts; Ollama has no such route.
 
-use super::catalog::time;
+use super::catalog::{loading, time};
 use crate::cmd::plan::device_json;
 use crate::memory::Resident;
 use crate::serve::models::Loaded;
@@ -53,6 +53,7 @@ async fn model(l: Arc<Loaded>) -> Value {
     let held = held(&l, status.slots.iter().map(|s| s.seq).collect()).await;
     let sequences: Vec<Value> = status.slots.iter().zip(&held).map(|(s, h)| sequence(s, h)).collect();
     json!({"name": l.resolved.name, "context_length": l.ctx, "parallel": l.parallel, "kv": l.kv.to_string(),
+        "keeps_system_prompt": l.own_kv,
         "expires_at": l.expires().map(time), "plan": device_json(&l.plan), "waiting": status.waiting,
         "kv_entries_used": status.kv.0, "kv_entries": status.kv.1, "sequences": sequences})
 }
@@ -61,7 +62,8 @@ async fn model(l: Arc<Loaded>) -> Value {
 pub async fn status(State(app): State<Arc<App>>) -> Json<Value> {
     let own = Resident::now();
     let models = join_all(app.models.list().into_iter().map(model)).await;
-    Json(json!({"version": env!("CARGO_PKG_VERSION"), "models": models,
+    let loading = app.models.loading().map(|l| loading(&l));
+    Json(json!({"version": env!("CARGO_PKG_VERSION"), "models": models, "loading": loading,
         "memory": {"available_bytes": available_memory(), "anonymous_bytes": own.map(|m| m.anon),
             "file_bytes": own.map(|m| m.file)}}))
 }

@@ -2,6 +2,7 @@
 
 use super::failure::Failure;
 use super::models::Lease;
+use super::options::Options;
 use super::request::{Event, Finish, TokenLogprob};
 use super::tools::{Parser, Piece, ToolCall};
 use engine::text::thinking::Part;
@@ -15,7 +16,10 @@ pub struct Answer {
     pub lease: Arc<Lease>,
     /// The prompt's tokens.
     pub prompt: Vec<u32>,
-    pub since: Instant,
+    /// When it was asked for; loading the model comes after that.
+    since: Instant,
+    /// What was asked for.
+    pub options: Arc<Options>,
     parser: Option<Parser>,
     events: mpsc::Receiver<Event>,
     finish: Option<Finish>,
@@ -26,13 +30,17 @@ pub struct Answer {
 /// What comes next.
 #[derive(Debug)]
 pub enum Step {
-    /// What a token brought; all may be empty.
-    Said {
-        pieces: Vec<Piece>,
-        token: Option<u32>,
-        logprob: Option<TokenLogprob>,
-    },
+    Said(Said),
     Done(End),
+}
+
+/// What a token brought; all may be empty.
+#[derive(Debug, Default)]
+pub struct Said {
+    pub pieces: Vec<Piece>,
+    pub token: Option<u32>,
+    /// The token's; before the first one those of the prompt, where they are wanted.
+    pub logprobs: Vec<TokenLogprob>,
 }
 
 /// The end of an answer.
@@ -59,8 +67,10 @@ pub struct Whole {
 
 impl Whole {
     /// Adds what came.
-    pub fn take(&mut self, pieces: Vec<Piece>) {
-        for p in pieces {
+    pub fn take(&mut self, said: Said) {
+        self.tokens.extend(said.token);
+        self.logprobs.extend(said.logprobs);
+        for p in said.pieces {
             match p {
                 Piece::Thinking(t) => self.thinking.push_str(&t),
                 Piece::Text(t) => self.text.push_str(&t),
@@ -74,11 +84,13 @@ impl Answer {
     pub(super) fn new(
         lease: Arc<Lease>,
         prompt: Vec<u32>,
+        since: Instant,
+        options: Arc<Options>,
         parser: Option<Parser>,
         one_call: bool,
         events: mpsc::Receiver<Event>,
     ) -> Self {
-        Self { lease, prompt, since: Instant::now(), parser, events, finish: None, calls: 0, one_call }
+        Self { lease, prompt, since, options, parser, events, finish: None, calls: 0, one_call }
     }
 
     /// Waits until it has a place in the queue.
@@ -104,7 +116,7 @@ impl Answer {
                     finish,
                     calls: self.calls,
                     load: self.lease.load_time,
-                    total: self.since.elapsed() + self.lease.load_time,
+                    total: self.since.elapsed(),
                     reloaded: self.lease.reloaded,
                 }));
             }
@@ -112,14 +124,14 @@ impl Answer {
                 Some(Event::Queued | Event::Started) => {}
                 Some(Event::Chunk(c)) => {
                     let pieces = c.parts.into_iter().flat_map(|p| self.parse(p)).collect();
-                    return Ok(Step::Said { pieces, token: c.token, logprob: c.logprob });
+                    return Ok(Step::Said(Said { pieces, token: c.token, logprobs: c.logprobs }));
                 }
                 Some(Event::Done(f)) => {
                     self.finish = Some(f);
                     let pieces = self.parser.as_mut().map(Parser::finish).unwrap_or_default();
                     let pieces = self.count(pieces);
                     if !pieces.is_empty() {
-                        return Ok(Step::Said { pieces, token: None, logprob: None });
+                        return Ok(Step::Said(Said { pieces, ..Said::default() }));
                     }
                 }
                 Some(Event::Failed(f)) => return Err(f),
@@ -156,11 +168,7 @@ impl Answer {
         let mut all = Whole::default();
         loop {
             match self.next().await? {
-                Step::Said { pieces, token, logprob } => {
-                    all.tokens.extend(token);
-                    all.logprobs.extend(logprob);
-                    all.take(pieces);
-                }
+                Step::Said(said) => all.take(said),
                 Step::Done(end) => return Ok((all, end)),
             }
         }

@@ -24,7 +24,7 @@ pub struct Config {
     pub cache_k: DType,
     pub cache_v: DType,
     pub cache_k_pe: Option<DType>,
-    /// What caches keep; `None`: the first quarter of the context and the latest tokens.
+    /// What caches keep; `None`: the system prompt and the latest tokens.
     pub kv: Option<KvSpec>,
     /// Sequences at a time, per model.
     pub parallel: usize,

@@ -8,6 +8,7 @@ pub mod duration;
 pub mod embed;
 pub mod failure;
 mod gbnf;
+mod life;
 pub mod metrics;
 pub mod models;
 pub mod options;

@@ -11,9 +11,10 @@ use crate::cmd::plan::refusal;
 use crate::memory::Resident;
 use crate::model::{LoadConfig, Source};
 use crate::store::Resolved;
+use engine::gguf::Progress;
 use engine::plan::{DevicePlan, Machine, PlanModel, PlanOptions, Rules, Way, available_memory, fit};
 use engine::text::ChatTemplate;
-use engine::{Context, KvSpec, SessionOptions};
+use engine::{Context, DType, KvSpec, SessionOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -23,11 +24,20 @@ use tokio::sync::Notify;
 pub struct Models {
     config: Arc<Config>,
     loaded: Mutex<Vec<Arc<Loaded>>>,
-    /// One model is loaded at a time.
+    /// One model is loaded at a time: this one.
     loading: tokio::sync::Mutex<()>,
+    now: Mutex<Option<Loading>>,
     /// A model has become idle, or is gone.
     changed: Notify,
     waiting: AtomicUsize,
+}
+
+/// A model that is being loaded.
+#[derive(Clone)]
+pub struct Loading {
+    pub name: String,
+    pub since: Instant,
+    pub progress: Arc<Progress>,
 }
 
 /// A model that is loaded.
@@ -42,6 +52,10 @@ pub struct Loaded {
     pub parallel: usize,
     /// What the cache keeps.
     pub kv: KvSpec,
+    /// Nobody chose that: the server sees to it that system prompts stay.
+    pub own_kv: bool,
+    /// Types of the cache.
+    types: [Option<DType>; 3],
     /// Its plan, in bytes: not mapped, and mapped.
     pub resident: u64,
     pub mapped: u64,
@@ -106,7 +120,9 @@ impl Loaded {
 
     fn serves(&self, source: &Source, wish: &LoadWish) -> bool {
         let fits = wish.ctx.is_none_or(|n| n <= self.ctx) && wish.kv.as_ref().is_none_or(|k| *k == self.kv);
-        self.resolved.source == *source && fits && !self.worker.is_dead()
+        let wanted = [wish.cache_k, wish.cache_v, wish.cache_k_pe];
+        let same = wanted.iter().zip(&self.types).all(|(wish, is)| wish.is_none() || wish == is);
+        self.resolved.source == *source && fits && same && !self.worker.is_dead()
     }
 }
 
@@ -127,6 +143,7 @@ impl Models {
             config,
             loaded: Mutex::default(),
             loading: tokio::sync::Mutex::default(),
+            now: Mutex::default(),
             changed: Notify::new(),
             waiting: AtomicUsize::new(0),
         });
@@ -154,6 +171,15 @@ impl Models {
     /// What is loaded.
     pub fn list(&self) -> Vec<Arc<Loaded>> {
         self.lock().clone()
+    }
+
+    /// What is being loaded.
+    pub fn loading(&self) -> Option<Loading> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_loading(&self, now: Option<Loading>) {
+        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 
     /// Lets all idle models go for which `which` holds, and waits until their memory is free.
@@ -280,7 +306,8 @@ impl Models {
                 None => changed.await,
             }
         };
-        self.start(model, load, options, plan).await
+        let own_kv = wish.kv.is_none() && c.kv.is_none();
+        self.start(model, load, (options, own_kv), plan).await
     }
 
     /// Sizes that fit what memory is left, and the bytes they take. Memory that others were promised counts as taken.
@@ -302,9 +329,9 @@ impl Models {
         let session = SessionOptions {
             ctx,
             batch: wish.batch.unwrap_or(c.batch).clamp(1, 4096),
-            cache_k: c.cache_k,
-            cache_v: c.cache_v,
-            cache_k_pe: c.cache_k_pe,
+            cache_k: wish.cache_k.unwrap_or(c.cache_k),
+            cache_v: wish.cache_v.unwrap_or(c.cache_v),
+            cache_k_pe: wish.cache_k_pe.or(c.cache_k_pe),
             kv: KvSpec::default(),
         };
         let mut options = PlanOptions {
@@ -343,11 +370,14 @@ impl Models {
         Ok((options.session, plan.devices[0].clone()))
     }
 
-    /// What the cache keeps. The beginning, where system prompts are, stays; of the rest the latest.
+    /// What the cache keeps. The beginning stays, and of the rest the latest; how much the beginning is, each request says
+    /// that has a system prompt.
     fn keep(&self, wish: &LoadWish, ctx: usize) -> KvSpec {
         let own = wish.kv.as_ref().or(self.config.kv.as_ref());
         own.cloned().unwrap_or_else(|| {
             let sinks = ctx / 4;
+            // Whole blocks of the cache: then what is cached serves also requests with other beginnings.
+            let sinks = if sinks > 32 { sinks / 32 * 32 } else { sinks };
             format!("sinks:{sinks}+window:{}", (ctx - sinks).max(1)).parse().unwrap_or_default()
         })
     }
@@ -356,27 +386,25 @@ impl Models {
         &self,
         model: &Resolved,
         load: LoadConfig,
-        session: SessionOptions,
+        (session, own_kv): (SessionOptions, bool),
         plan: DevicePlan,
     ) -> Result<Loaded, Failure> {
         let c = &self.config;
         let sizes = Sizes { parallel: c.parallel, chunk: c.chunk, queue: c.max_queue };
         let (ctx, kv) = (session.ctx, session.kv.clone());
+        let types = [Some(session.cache_k), Some(session.cache_v), session.cache_k_pe];
+        let progress = Arc::new(Progress::default());
+        let read = progress.clone();
         let open: Open = Box::new(move || {
-            let (model, _) = load.load()?;
+            let (model, _) = load.load_with(&read)?;
             let context = Context::new(&model, &session, sizes.parallel)?;
             Ok(Opened { model, passes: Box::new(context) })
         });
-        let starting = Worker::start(&model.name, open, sizes);
-        let worker = match c.load_timeout {
-            None => starting.await,
-            Some(t) => tokio::time::timeout(t, starting).await.map_err(|_| {
-                Failure::Unavailable(format!(
-                    "loading {} took longer than {t:?} (OLLAMA_LOAD_TIMEOUT)",
-                    model.name
-                ))
-            })?,
-        };
+        let now = Loading { name: model.name.clone(), since: Instant::now(), progress };
+        self.set_loading(Some(now.clone()));
+        let worker = watched(Worker::start(&model.name, open, sizes), &now, c.load_timeout).await;
+        self.set_loading(None);
+        let worker = worker?;
         let worker = worker.map_err(|e| Failure::Internal(format!("{e:#}")))?;
         let loaded = worker.model();
         let template =
@@ -388,6 +416,8 @@ impl Models {
             ctx,
             parallel: c.parallel,
             kv,
+            own_kv,
+            types,
             resident: plan.resident(),
             mapped: plan.mapped(),
             plan,
@@ -407,9 +437,79 @@ impl Models {
     }
 }
 
+/// Time between two looks at a load.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Waits for what loads as long as it gets on: `patience` without a byte read is an error (`None`: never).
+async fn watched<T>(
+    load: impl Future<Output = T>,
+    now: &Loading,
+    patience: Option<Duration>,
+) -> Result<T, Failure> {
+    let mut load = std::pin::pin!(load);
+    let (mut read, mut moved, mut looks) = (0, Instant::now(), 0u32);
+    loop {
+        if let Ok(done) = tokio::time::timeout(LOOK.min(patience.unwrap_or(LOOK)), &mut load).await {
+            metrics::gauge!("rsinfer_load_bytes_left").set(0.0);
+            return Ok(done);
+        }
+        let (done, total) = (now.progress.done(), now.progress.total());
+        metrics::gauge!("rsinfer_load_bytes_left").set(total.saturating_sub(done) as f64);
+        if done != read {
+            (read, moved) = (done, Instant::now());
+        }
+        looks += 1;
+        if looks.is_multiple_of(5) {
+            tracing::info!(model = now.name, done, total, seconds = now.since.elapsed().as_secs(), "loading");
+        }
+        if let Some(t) = patience.filter(|t| moved.elapsed() >= *t) {
+            now.progress.stop();
+            return Err(Failure::Unavailable(format!(
+                "loading {} has made no progress for {t:?} (OLLAMA_LOAD_TIMEOUT): {done} of {total} bytes are read",
+                now.name
+            )));
+        }
+    }
+}
+
 /// Waits until an unused model's memory is free.
 async fn release(l: Arc<Loaded>) {
     let exited = l.worker.exited();
     drop(l);
     let _ = tokio::time::timeout(Duration::from_secs(10), exited).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::gguf::{File, OpenMode};
+    use std::io::Write;
+
+    fn loading() -> Loading {
+        Loading { name: "m".into(), since: Instant::now(), progress: Arc::default() }
+    }
+
+    #[tokio::test]
+    async fn a_slow_load_is_waited_for_and_a_stuck_one_is_not() {
+        // A file's bytes, read over and over, for longer than the patience.
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(crate::demo::bytes()).unwrap();
+        let (now, patience) = (loading(), Some(Duration::from_millis(200)));
+        let slow = async {
+            for _ in 0..10 {
+                File::open_with(file.path(), OpenMode::Read, &now.progress).unwrap();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        watched(slow, &now, patience).await.unwrap();
+        let bytes = 10 * crate::demo::bytes().len() as u64;
+        assert_eq!((now.progress.done(), now.progress.total()), (bytes, bytes));
+        let now = loading();
+        let stuck = watched(std::future::pending::<()>(), &now, patience).await.unwrap_err();
+        assert!(stuck.status() == 503 && stuck.to_string().contains("no progress"), "{stuck}");
+        // Who reads on is told.
+        let e = File::open_with(file.path(), OpenMode::Read, &now.progress).unwrap_err();
+        assert!(e.to_string().contains("given up"), "{e}");
+        watched(async {}, &loading(), None).await.unwrap();
+    }
 }

@@ -1,31 +1,34 @@
-//! Options of a request or a Modelfile, by Ollama's names (and llama.cpp's, where Ollama has none). Knows nothing of routes.
+//! What a request or a model asks of sampling and of loading, from parameters that `store::parameters` has checked. Knows
+//! nothing of routes.
 
 use super::failure::Failure;
 use crate::model::MemoryConfig;
+use crate::store::parameters::{Kind, Parameters, kind};
 use engine::plan::Access;
-use engine::{KvSpec, SamplerOptions};
+use engine::{DType, KvSpec, SamplerOptions};
 use serde_json::{Map, Value};
 
-/// Stop strings a request may have, and bytes of each.
-const MOST_STOPS: usize = 256;
-const LONGEST_STOP: usize = 4096;
-
-/// What a request asks of sampling and of loading.
+/// See the module.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub sampler: SamplerOptions,
     /// Negative: as long as the model likes.
     pub num_predict: i64,
+    /// Tokens of the prompt that should stay when the context overflows, beside the system prompt; negative: all.
+    pub num_keep: Option<i64>,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
     pub load: LoadWish,
 }
 
-/// What a request asks of loading; only `ctx` and `kv` can make a loaded model be loaded anew.
+/// What a request asks of loading; only `ctx`, `kv` and the cache's types can make a loaded model be loaded anew.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoadWish {
     pub ctx: Option<usize>,
     pub kv: Option<KvSpec>,
+    pub cache_k: Option<DType>,
+    pub cache_v: Option<DType>,
+    pub cache_k_pe: Option<DType>,
     pub batch: Option<usize>,
     pub mmap: Option<bool>,
     pub mlock: Option<bool>,
@@ -49,7 +52,8 @@ impl Options {
     /// Ollama's defaults.
     pub fn ollama() -> Self {
         let sampler = SamplerOptions { top_p: 0.9, min_p: 0.0, ..SamplerOptions::default() };
-        Self { sampler, num_predict: -1, stop: Vec::new(), ignore_eos: false, load: LoadWish::default() }
+        let load = LoadWish::default();
+        Self { sampler, num_predict: -1, num_keep: None, stop: Vec::new(), ignore_eos: false, load }
     }
 
     /// The same with OpenAI's temperature and nucleus.
@@ -59,114 +63,60 @@ impl Options {
     }
 
     /// llama-server's defaults.
-    #[allow(dead_code, reason = "for llama-server's routes")]
     pub fn llama() -> Self {
         Self { sampler: SamplerOptions::default(), ..Self::ollama() }
     }
 
-    /// Takes over what `map` says. Names that are not known are left out, and told.
+    /// Takes over what `map` says. Names that are not known, or of no effect, are left out, and told.
     ///
     /// # Errors
     /// A value of the wrong type or out of range, by its name.
     pub fn apply(&mut self, map: &Map<String, Value>) -> Result<(), Failure> {
+        let mut p = Parameters::default();
         for (name, value) in map.iter().filter(|(_, v)| !v.is_null()) {
-            if !self.set(name, value)? {
-                tracing::warn!(option = name, "unknown option, left out");
+            match kind(name) {
+                None => tracing::warn!(option = name, "unknown option, left out"),
+                Some(Kind::Unused) => tracing::warn!(option = name, "this option is no longer of any effect"),
+                Some(_) => {
+                    p.set(name, value).map_err(|e| Failure::Invalid {
+                        message: crate::output::one_line(&format!("{e:#}")),
+                        param: Some(name.clone()),
+                    })?;
+                }
             }
         }
+        for (name, of_use) in [
+            ("num_gpu", i64::is_positive as fn(i64) -> bool),
+            ("main_gpu", |n| n != 0),
+            ("draft_num_predict", |n| n != 0),
+        ] {
+            if p.int(name).is_some_and(of_use) {
+                tracing::warn!(
+                    option = name,
+                    "this option is of no effect: only the CPU runs models, without drafts"
+                );
+            }
+        }
+        self.sampler = p.sampler(self.sampler.clone());
+        self.num_predict = p.int("num_predict").unwrap_or(self.num_predict);
+        self.num_keep = p.int("num_keep").or(self.num_keep);
+        if p.contains_key("stop") {
+            self.stop = p.stop();
+            self.stop.retain(|s| !s.is_empty());
+        }
+        self.ignore_eos = p.boolean("ignore_eos").unwrap_or(self.ignore_eos);
+        let l = &mut self.load;
+        l.ctx = p.size("num_ctx").or(l.ctx);
+        l.batch = p.size("num_batch").or(l.batch);
+        l.threads = p.size("num_thread").filter(|n| *n > 0).or(l.threads);
+        l.mmap = p.boolean("use_mmap").or(l.mmap);
+        l.mlock = p.boolean("use_mlock").or(l.mlock);
+        l.kv = p.kv().or(l.kv.take());
+        l.cache_k = p.dtype("cache_type_k").or(l.cache_k);
+        l.cache_v = p.dtype("cache_type_v").or(l.cache_v);
+        l.cache_k_pe = p.dtype("cache_type_k_pe").or(l.cache_k_pe);
         self.sampler.check().map_err(|e| Failure::invalid(e.to_string()))
     }
-
-    /// Sets one option; false: there is none of this name.
-    ///
-    /// # Errors
-    /// As [`Options::apply`].
-    pub fn set(&mut self, name: &str, value: &Value) -> Result<bool, Failure> {
-        let s = &mut self.sampler;
-        match name {
-            "temperature" => s.temperature = float(name, value)?,
-            "top_k" => s.top_k = int(name, value)?.try_into().unwrap_or(0),
-            "top_p" => s.top_p = float(name, value)?,
-            "min_p" => s.min_p = float(name, value)?,
-            "typical_p" => s.typical_p = float(name, value)?,
-            "repeat_last_n" => s.repeat_last_n = int(name, value)?.try_into().unwrap_or(usize::MAX),
-            "repeat_penalty" => s.repeat_penalty = float(name, value)?,
-            "presence_penalty" => s.presence_penalty = float(name, value)?,
-            "frequency_penalty" => s.frequency_penalty = float(name, value)?,
-            "seed" => s.seed = int(name, value)?.try_into().ok(),
-            "num_predict" => self.num_predict = int(name, value)?,
-            "stop" => self.stop = stops(name, value)?,
-            "ignore_eos" => self.ignore_eos = boolean(name, value)?,
-            "num_ctx" => self.load.ctx = Some(size(name, value)?),
-            "num_batch" => self.load.batch = Some(size(name, value)?),
-            "num_thread" => self.load.threads = Some(size(name, value)?).filter(|n| *n > 0),
-            "use_mlock" => self.load.mlock = Some(boolean(name, value)?),
-            "use_mmap" => self.load.mmap = Some(boolean(name, value)?),
-            "kv" => {
-                let text = value.as_str().ok_or_else(|| wrong(name, "string"))?;
-                let spec = text.parse::<KvSpec>();
-                self.load.kv = Some(spec.map_err(|e| Failure::field(name, e.message()))?);
-            }
-            // Taken note of where a GPU is; the first tokens that Ollama would keep are part of the KV policy here.
-            "num_gpu" | "main_gpu" | "num_keep" | "draft_num_predict" => {
-                int(name, value)?;
-            }
-            "penalize_newline" | "low_vram" | "f16_kv" | "logits_all" | "vocab_only" | "numa"
-            | "mirostat" | "mirostat_tau" | "mirostat_eta" => {
-                tracing::warn!(option = name, "this option is no longer of any effect");
-            }
-            _ => return Ok(false),
-        }
-        Ok(true)
-    }
-}
-
-fn wrong(name: &str, kind: &str) -> Failure {
-    Failure::Invalid {
-        message: format!("option \"{name}\" must be of type {kind}"),
-        param: Some(name.into()),
-    }
-}
-
-/// A finite number.
-pub fn float(name: &str, v: &Value) -> Result<f32, Failure> {
-    let n = v.as_f64().ok_or_else(|| wrong(name, "float32"))? as f32;
-    if n.is_finite() { Ok(n) } else { Err(wrong(name, "float32")) }
-}
-
-/// A whole number, also if written as 1.0.
-pub fn int(name: &str, v: &Value) -> Result<i64, Failure> {
-    let whole = |f: f64| (f.fract() == 0.0 && f.abs() < 9e15).then_some(f as i64);
-    let big = v.as_u64().map(|_| i64::MAX);
-    v.as_i64().or_else(|| v.as_f64().and_then(whole)).or(big).ok_or_else(|| wrong(name, "integer"))
-}
-
-/// A whole number of 0 or more.
-pub fn size(name: &str, v: &Value) -> Result<usize, Failure> {
-    let n = int(name, v)?;
-    n.try_into().map_err(|_| Failure::field(name, format!("{n} is not possible, it must be 0 or more")))
-}
-
-/// true or false.
-pub fn boolean(name: &str, v: &Value) -> Result<bool, Failure> {
-    v.as_bool().ok_or_else(|| wrong(name, "boolean"))
-}
-
-/// A string or a list of strings.
-pub fn stops(name: &str, v: &Value) -> Result<Vec<String>, Failure> {
-    let list = match v {
-        Value::String(s) => vec![s.clone()],
-        Value::Array(a) => {
-            let all: Option<Vec<String>> = a.iter().map(|s| s.as_str().map(Into::into)).collect();
-            all.ok_or_else(|| wrong(name, "array of strings"))?
-        }
-        _ => return Err(wrong(name, "string or array of strings")),
-    };
-    if list.len() > MOST_STOPS || list.iter().any(|s| s.len() > LONGEST_STOP) {
-        let why = format!("at most {MOST_STOPS} stop strings of {LONGEST_STOP} bytes are possible");
-        return Err(Failure::field(name, why));
-    }
-    Ok(list.into_iter().filter(|s| !s.is_empty()).collect())
 }
 
 #[cfg(test)]
@@ -184,7 +134,8 @@ mod tests {
     fn names_types_and_ranges() {
         let o = apply(
             json!({"temperature": 0, "top_k": 5.0, "stop": "x", "num_ctx": 77, "seed": -1, "nonsense": 1,
-            "repeat_last_n": -1, "kv": "sinks:4+window:60", "mirostat": 2, "num_predict": null}),
+            "repeat_last_n": -1, "kv": "sinks:4+window:60", "mirostat": 2, "num_predict": null, "num_gpu": 99,
+            "num_keep": -1, "cache_type_k": "q8_0"}),
         );
         let o = o.unwrap();
         assert_eq!((o.sampler.temperature, o.sampler.top_k, o.sampler.seed), (0.0, 5, None));
@@ -192,6 +143,7 @@ mod tests {
             (o.stop, o.load.ctx, o.sampler.repeat_last_n),
             (vec!["x".to_owned()], Some(77), usize::MAX)
         );
+        assert_eq!((o.num_predict, o.num_keep, o.load.cache_k), (-1, Some(-1), Some(DType::Q8_0)));
         for bad in [
             json!({"temperature": "hot"}),
             json!({"temperature": -1}),
@@ -200,6 +152,7 @@ mod tests {
             json!({"num_ctx": -5}),
             json!({"num_ctx": 1.5}),
             json!({"num_ctx": "big"}),
+            json!({"num_gpu": "all"}),
             json!({"stop": [1]}),
             json!({"stop": vec!["x"; 10_000]}),
             json!({"use_mmap": 1}),

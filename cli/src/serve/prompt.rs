@@ -13,6 +13,7 @@ use engine::Model;
 use engine::text::{ChatTemplate, EncodeOptions, Vocab};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The server's state, behind all routes.
 pub struct App {
@@ -22,6 +23,9 @@ pub struct App {
     pub metrics: super::metrics::Metrics,
     /// For ids of answers.
     pub counter: std::sync::atomic::AtomicU64,
+    /// The model of the command line is not there yet.
+    pub starting: std::sync::atomic::AtomicBool,
+    pub known: crate::http::Known,
 }
 
 /// What the model is given.
@@ -76,6 +80,8 @@ pub struct Ask {
     pub logit_bias: Vec<(u32, f32)>,
     pub keep_alive: Option<KeepAlive>,
     pub logprobs: Option<usize>,
+    /// Those of the prompt's tokens, too.
+    pub echo: bool,
     /// A prompt longer than the context may lose its middle.
     pub truncate: bool,
     /// An answer may go on past the context.
@@ -100,6 +106,7 @@ impl Ask {
             logit_bias: Vec::new(),
             keep_alive: None,
             logprobs: None,
+            echo: false,
             truncate: true,
             shift: true,
         }
@@ -139,7 +146,7 @@ impl App {
         let lease = self.load(model, &ask).await?;
         let made = tokio::task::spawn_blocking(move || {
             let model = lease.loaded.worker.model();
-            let (tokens, _) = input(model.vocab(), &model, &lease.loaded, &ask)?;
+            let (tokens, _, _) = input(model.vocab(), &model, &lease.loaded, &ask)?;
             let text = model.vocab().decode(&tokens, true);
             Ok((tokens, text))
         });
@@ -148,18 +155,19 @@ impl App {
 
     /// Begins the answers: one, or `n` of them with seeds that follow each other.
     pub async fn ask(&self, model: &Resolved, ask: Ask, n: usize) -> Result<Vec<Answer>, Failure> {
-        let options = Self::options(model, &ask)?;
+        let since = Instant::now();
+        let options = Arc::new(Self::options(model, &ask)?);
         let lease = Arc::new(self.models.acquire(model, &options.load, ask.keep_alive).await?);
-        let (shared, one_call) = (lease.clone(), ask.one_call);
+        let (shared, asked, one_call) = (lease.clone(), options.clone(), ask.one_call);
         // Templates and long texts take their time: not on a thread that serves others.
         let prepared = tokio::task::spawn_blocking(move || {
-            let all = (0..n as u64).map(|i| prepare(&shared, &ask, &options, i));
+            let all = (0..n as u64).map(|i| prepare(&shared, &ask, &asked, i));
             all.collect::<Result<Vec<_>, Failure>>()
         });
         let prepared = prepared.await.map_err(Failure::internal)??;
         let begin = |p: Prepared| {
             let events = lease.loaded.worker.generate(p.request);
-            Answer::new(lease.clone(), p.prompt, p.parser, one_call, events)
+            Answer::new(lease.clone(), p.prompt, since, options.clone(), p.parser, one_call, events)
         };
         let mut answers: Vec<Answer> = prepared.into_iter().map(begin).collect();
         for a in &mut answers {
@@ -180,8 +188,9 @@ fn prepare(lease: &Lease, ask: &Ask, options: &Options, index: u64) -> Result<Pr
     let l = &lease.loaded;
     let model = l.worker.model();
     let vocab = model.vocab();
-    let (mut prompt, think) = input(vocab, &model, l, ask)?;
+    let (mut prompt, think, mut head) = input(vocab, &model, l, ask)?;
     if !ask.context.is_empty() {
+        head = None;
         let bos = usize::from(vocab.adds_bos() && prompt.first() == vocab.bos().as_ref());
         prompt.splice(..bos, ask.context.iter().copied());
     }
@@ -203,6 +212,12 @@ fn prepare(lease: &Lease, ask: &Ask, options: &Options, index: u64) -> Result<Pr
     if !(endless && ask.shift) {
         most = l.ctx - prompt.len();
     }
+    if let Some(n) = options.num_keep {
+        let n = usize::try_from(n).unwrap_or(usize::MAX);
+        head = Some(n.max(head.unwrap_or(0)).min(prompt.len()));
+    }
+    let bos =
+        matches!(ask.input, Input::Text { .. }) && vocab.adds_bos() && prompt.first() == vocab.bos().as_ref();
     let mut sampler = options.sampler.clone();
     sampler.seed = sampler.seed.map(|s| s.wrapping_add(index));
     let begin = match (think, &ask.think) {
@@ -227,6 +242,9 @@ fn prepare(lease: &Lease, ask: &Ask, options: &Options, index: u64) -> Result<Pr
     });
     let request = Generate {
         prompt: prompt.clone(),
+        // A policy that was asked for says itself what stays.
+        head: head.filter(|_| l.own_kv),
+        echo: ask.echo.then_some(usize::from(bos)),
         sampler,
         max_tokens: usize::try_from(options.num_predict).map_or(most, |n| n.min(most)),
         stop: options.stop.clone(),
@@ -240,7 +258,10 @@ fn prepare(lease: &Lease, ask: &Ask, options: &Options, index: u64) -> Result<Pr
     Ok(Prepared { request, prompt, parser })
 }
 
-fn input(vocab: &Vocab, model: &Model, l: &Loaded, ask: &Ask) -> Result<(Vec<u32>, Option<Think>), Failure> {
+/// A prompt's tokens, how thinking is found in its answer, and how many of the tokens are the system prompt and tools.
+type Tokens = (Vec<u32>, Option<Think>, Option<usize>);
+
+fn input(vocab: &Vocab, model: &Model, l: &Loaded, ask: &Ask) -> Result<Tokens, Failure> {
     match &ask.input {
         Input::Chat(messages) => {
             let own = ask.template.as_deref().map(|s| {
@@ -248,14 +269,17 @@ fn input(vocab: &Vocab, model: &Model, l: &Loaded, ask: &Ask) -> Result<(Vec<u32
                 t.map_err(|e| Failure::field("template", format!("it must be a Jinja template ({e:#})")))
             });
             let own = own.transpose()?;
-            let (text, think) = render(vocab, own.as_ref().unwrap_or(&l.template), messages, ask)?;
-            Ok((crate::chat::guarded_tokens(vocab, &text), think))
+            let template = own.as_ref().unwrap_or(&l.template);
+            let (text, think) = render(vocab, template, messages, ask)?;
+            let prompt = crate::chat::guarded_tokens(vocab, &text);
+            let head = head(vocab, template, messages, ask, &prompt);
+            Ok((prompt, think, head))
         }
         Input::Text { text, special } => {
             let options = EncodeOptions { add_special: true, parse_special: *special };
-            Ok((vocab.encode(text, options), None))
+            Ok((vocab.encode(text, options), None, None))
         }
-        Input::Tokens(ids) => Ok((ids.clone(), None)),
+        Input::Tokens(ids) => Ok((ids.clone(), None, None)),
         Input::Fill { prefix, suffix } => {
             let marks = fill_marks(vocab)
                 .ok_or_else(|| Failure::field("suffix", "this model does not support insert"))?;
@@ -263,9 +287,26 @@ fn input(vocab: &Vocab, model: &Model, l: &Loaded, ask: &Ask) -> Result<(Vec<u32
             let bos = vocab.bos().filter(|_| vocab.adds_bos());
             let [before, hole, after] = marks;
             let parts = [vec![before], plain(prefix), vec![hole], plain(suffix), vec![after]];
-            Ok((bos.into_iter().chain(parts.concat()).collect(), None))
+            Ok((bos.into_iter().chain(parts.concat()).collect(), None, None))
         }
     }
+}
+
+/// How many of a prompt's first tokens every conversation with the same system prompt and tools has: what it has in common
+/// with one that then says something else. `None`: the template does not render that.
+fn head(
+    vocab: &Vocab,
+    template: &ChatTemplate,
+    messages: &[Value],
+    ask: &Ask,
+    prompt: &[u32],
+) -> Option<usize> {
+    let system = messages.iter().take_while(|m| m["role"] == "system").cloned();
+    // Nobody's message begins like this.
+    let other: Vec<Value> = system.chain([json!({"role": "user", "content": "\u{2}"})]).collect();
+    let (text, _) = render(vocab, template, &other, ask).ok()?;
+    let other = crate::chat::guarded_tokens(vocab, &text);
+    Some(prompt.iter().zip(&other).take_while(|(a, b)| a == b).count())
 }
 
 /// The marks of fill-in-the-middle models: before the prefix, between the two, and where the model goes on.

@@ -9,6 +9,10 @@ use std::time::Duration;
 pub struct Generate {
     /// Not empty, and shorter than the context where that is the end.
     pub prompt: Vec<u32>,
+    /// The first so many tokens, the system prompt, should stay when the context overflows; `None`: as the cache is made.
+    pub head: Option<usize>,
+    /// Log-probabilities of the prompt's tokens, too, but for so many of the first: all of it is computed.
+    pub echo: Option<usize>,
     pub sampler: SamplerOptions,
     pub max_tokens: usize,
     /// Strings that end the answer; not part of it.
@@ -33,8 +37,8 @@ pub struct Think {
     pub opened: bool,
 }
 
-/// One thing that happens to a request, in this order: `Queued`, `Started`, `Chunk`s, then `Done` or `Failed`. A stream that ends without
-/// either was cut off by the server's end.
+/// One thing that happens to a request, in this order: `Queued`, `Started`, `Chunk`s, then `Done` or `Failed`. A stream that
+/// ends without either was cut off by the server's end.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// It has a place in the queue.
@@ -51,15 +55,16 @@ pub enum Event {
 pub struct Chunk {
     pub parts: Vec<Part>,
     pub token: Option<u32>,
-    pub logprob: Option<TokenLogprob>,
+    /// The token's; before the first one those of the prompt, where they are wanted.
+    pub logprobs: Vec<TokenLogprob>,
 }
 
 /// A token's log-probability and those of the most probable ones.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "the id is for llama-server's routes")]
 pub struct TokenLogprob {
     pub id: u32,
     pub bytes: Vec<u8>,
+    /// NaN, which JSON writes as null: nothing came before it.
     pub logprob: f32,
     pub top: Vec<(u32, Vec<u8>, f32)>,
 }
@@ -83,8 +88,12 @@ pub struct Finish {
     pub cached_tokens: usize,
     /// Tokens made, the end token not counted.
     pub new_tokens: usize,
+    /// How many of them were thought.
+    pub thought_tokens: usize,
     /// Tokens of the conversation that the model does not see any more.
     pub evicted: usize,
+    /// How many of them are of what should have stayed: the system prompt is too long for the context.
+    pub head_evicted: usize,
     pub queued: Duration,
     pub prompt_time: Duration,
     pub decode_time: Duration,

@@ -32,7 +32,11 @@ pub struct Running<'m> {
     max_tokens: usize,
     ignore_eos: bool,
     logprobs: Option<usize>,
+    head: usize,
+    /// The prompt, where its log-probabilities are wanted, but for so many of the first; and those that are known.
+    echo: Option<(Vec<u32>, usize, Vec<TokenLogprob>)>,
     pub made: usize,
+    thought: usize,
     cached: usize,
     queued: Duration,
     admitted: Instant,
@@ -66,6 +70,8 @@ impl<'m> Running<'m> {
         Ok(Self {
             out,
             prompt_tokens: r.prompt.len(),
+            head: r.head.unwrap_or(0),
+            echo: r.echo.map(|skip| (r.prompt, skip, Vec::new())),
             vocab,
             sampler,
             decoder: StreamDecoder::new(vocab, r.special).showing(tags.into_iter().chain(r.show)),
@@ -77,6 +83,7 @@ impl<'m> Running<'m> {
             ignore_eos: r.ignore_eos,
             logprobs: r.logprobs,
             made: 0,
+            thought: 0,
             cached,
             queued: now - since,
             admitted: now,
@@ -97,6 +104,9 @@ impl<'m> Running<'m> {
             metrics::histogram!("rsinfer_inter_token_seconds").record(now - self.latest);
         }
         self.latest = now;
+        if let Some((_, _, logprobs)) = self.echo.take() {
+            self.send(Event::Chunk(Chunk { logprobs, ..Chunk::default() }));
+        }
         if self.max_tokens == 0 {
             return Ok(Taken::Ended(Reason::Length));
         }
@@ -114,16 +124,12 @@ impl<'m> Running<'m> {
             c.accept(token).map_err(fail)?;
         }
         self.made += 1;
-        let logprob = raw.zip(self.logprobs).map(|(raw, n)| {
-            let p = logprobs(&raw, token, n);
-            let bytes = |id: u32| self.vocab.bytes(id).unwrap_or_default().into_owned();
-            let top = p.top.into_iter().map(|(id, p)| (id, bytes(id), p)).collect();
-            TokenLogprob { id: token, bytes: bytes(token), logprob: p.logprob, top }
-        });
+        let logprobs = raw.map(|raw| self.logprob(token, &raw)).into_iter().collect();
         let text = self.decoder.push(token);
         let scanned = self.scanner.push(&text);
+        self.thought += usize::from(self.splitter.as_ref().is_some_and(Splitter::is_thinking));
         let parts = self.split(&scanned.text);
-        self.send(Event::Chunk(Chunk { parts, token: Some(token), logprob }));
+        self.send(Event::Chunk(Chunk { parts, token: Some(token), logprobs }));
         if let Some(i) = scanned.stopped {
             return Ok(Taken::Ended(Reason::StopString(self.stop[i].clone())));
         }
@@ -134,6 +140,30 @@ impl<'m> Running<'m> {
             return Ok(Taken::Ended(Reason::Length));
         }
         Ok(Taken::Next(token))
+    }
+
+    /// A token's log-probability where the logits before it are `logits`.
+    fn logprob(&self, token: u32, logits: &[f32]) -> TokenLogprob {
+        let p = logprobs(logits, token, self.logprobs.unwrap_or(0));
+        let bytes = |id: u32| self.vocab.bytes(id).unwrap_or_default().into_owned();
+        let top = p.top.into_iter().map(|(id, p)| (id, bytes(id), p)).collect();
+        TokenLogprob { id: token, bytes: bytes(token), logprob: p.logprob, top }
+    }
+
+    /// Whether [`Running::echo`] is to be called.
+    pub fn echoes(&self) -> bool {
+        self.echo.is_some()
+    }
+
+    /// Takes the logits of the prompt's row `i`.
+    pub fn echo(&mut self, i: usize, logits: &[f32]) {
+        let Some((prompt, skip, mut known)) = self.echo.take() else { return };
+        if i == 0 && skip == 0 {
+            let first = self.logprob(prompt[0], logits);
+            known.push(TokenLogprob { logprob: f32::NAN, top: Vec::new(), ..first });
+        }
+        known.extend(prompt.get(i + 1).map(|&next| self.logprob(next, logits)));
+        self.echo = Some((prompt, skip, known));
     }
 
     fn split(&mut self, text: &str) -> Vec<Part> {
@@ -154,8 +184,8 @@ impl<'m> Running<'m> {
         self.cached
     }
 
-    /// Ends the request: what was held back, then why it ended.
-    pub fn finish(mut self, reason: Reason, evicted: usize) {
+    /// Ends the request: what was held back, then why it ended. `sinks` of its first tokens cannot be evicted.
+    pub fn finish(mut self, reason: Reason, evicted: usize, sinks: usize) {
         let mut parts = Vec::new();
         let mut reason = reason;
         if !matches!(reason, Reason::StopString(_)) {
@@ -180,7 +210,9 @@ impl<'m> Running<'m> {
             prompt_tokens: self.prompt_tokens,
             cached_tokens: self.cached,
             new_tokens: self.made,
+            thought_tokens: self.thought,
             evicted,
+            head_evicted: self.head.saturating_sub(sinks).min(evicted),
             queued: self.queued,
             prompt_time: first - self.admitted,
             decode_time: self.latest - first,

@@ -95,6 +95,8 @@ fn request(w: &Worker, text: &str, seed: u64, max_tokens: usize) -> Generate {
     let options = EncodeOptions { add_special: true, parse_special: true };
     Generate {
         prompt: w.model().vocab().encode(text, options),
+        head: None,
+        echo: None,
         sampler: SamplerOptions { seed: Some(seed), temperature: 1.0, ..SamplerOptions::default() },
         max_tokens,
         stop: Vec::new(),
@@ -261,6 +263,16 @@ async fn answers_go_on_past_the_context() {
     let (_, end) = read(w.generate(request(&w, &"The dog ran. ".repeat(150), 3, 5))).await;
     let end = end.unwrap();
     assert!(end.prompt_tokens > 400 && end.evicted > 100, "{end:?}");
+    // What should stay does, as long as there is room: three quarters of the context.
+    for (head, lost) in [(0, 0), (100, 0), (192, 0), (250, 250 - 192)] {
+        let long = Generate { head: Some(head), ..request(&w, &"The dog ran. ".repeat(150), 3, 5) };
+        let (text, end) = read(w.generate(long)).await;
+        assert_eq!(end.unwrap().head_evicted, lost);
+        // And again: what is cached of another beginning is not taken for this one's.
+        let _ = read(w.generate(request(&w, &"The dog ran. ".repeat(150), 3, 5))).await;
+        let long = Generate { head: Some(head), ..request(&w, &"The dog ran. ".repeat(150), 3, 5) };
+        assert_eq!(read(w.generate(long)).await.0, text);
+    }
 }
 
 #[tokio::test]

@@ -370,6 +370,11 @@ impl Resolved {
         self.details.clone().map_or_else(|| self.inspect(), Ok)
     }
 
+    /// The model that it was made of, if it was.
+    pub fn parent(&self) -> &str {
+        self.details.as_ref().map_or("", |d| &d.parent_model)
+    }
+
     /// The same from the model's file itself, with what it can do.
     pub fn inspect(&self) -> Result<Details> {
         self.describe(&self.source.open()?)
@@ -377,8 +382,7 @@ impl Resolved {
 
     /// As [`Resolved::inspect`], of the file that is open already.
     pub fn describe(&self, file: &File) -> Result<Details> {
-        let parent_model = self.details.as_ref().map(|d| d.parent_model.clone()).unwrap_or_default();
-        Ok(Details { parent_model, ..Details::of(file, self.template.as_deref())? })
+        Ok(Details { parent_model: self.parent().into(), ..Details::of(file, self.template.as_deref())? })
     }
 
     /// A Modelfile that makes this model.

@@ -9,6 +9,8 @@ use serde_json::{Map, Number, Value};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Int,
+    /// A whole number of 0 or more.
+    Size,
     Float,
     Bool,
     Text,
@@ -18,16 +20,17 @@ pub enum Kind {
     Unused,
 }
 
-use Kind::{Bool, Float, Int, Text, Texts, Unused};
+use Kind::{Bool, Float, Int, Size, Text, Texts, Unused};
 
 /// Every parameter.
 pub const PARAMETERS: &[(&str, Kind)] = &[
-    ("num_ctx", Int),
-    ("num_batch", Int),
+    ("num_ctx", Size),
+    ("num_batch", Size),
     ("num_gpu", Int),
     ("main_gpu", Int),
-    ("num_thread", Int),
+    ("num_thread", Size),
     ("use_mmap", Bool),
+    ("use_mlock", Bool),
     ("draft_num_predict", Int),
     ("num_keep", Int),
     ("num_predict", Int),
@@ -42,6 +45,7 @@ pub const PARAMETERS: &[(&str, Kind)] = &[
     ("presence_penalty", Float),
     ("frequency_penalty", Float),
     ("stop", Texts),
+    ("ignore_eos", Bool),
     ("kv", Text),
     ("cache_type_k", Text),
     ("cache_type_v", Text),
@@ -51,7 +55,6 @@ pub const PARAMETERS: &[(&str, Kind)] = &[
     ("f16_kv", Unused),
     ("logits_all", Unused),
     ("vocab_only", Unused),
-    ("use_mlock", Unused),
     ("mirostat", Unused),
     ("mirostat_tau", Unused),
     ("mirostat_eta", Unused),
@@ -62,6 +65,56 @@ pub const PARAMETERS: &[(&str, Kind)] = &[
 /// The kind of the parameter of this name.
 pub fn kind(name: &str) -> Option<Kind> {
     PARAMETERS.iter().find(|(n, _)| *n == name).map(|(_, k)| *k)
+}
+
+/// Stop strings there may be, and bytes of each.
+const MOST_STOPS: usize = 256;
+const LONGEST_STOP: usize = 4096;
+
+/// A whole number, also if written as 1.0: JSON of other languages does.
+pub fn whole(v: &Value) -> Option<i64> {
+    let exact = |f: f64| (f.fract() == 0.0 && f.abs() < 9e15).then_some(f as i64);
+    let big = v.as_u64().map(|_| i64::MAX);
+    v.as_i64().or_else(|| v.as_f64().and_then(exact)).or(big)
+}
+
+/// The value of a parameter in its one form; `None`: it changes nothing.
+///
+/// # Errors
+/// Why it cannot be.
+pub fn check(name: &str, value: &Value) -> Result<Option<Value>, String> {
+    let text = value.as_str().unwrap_or_default();
+    let value = match (kind(name), value) {
+        (None, _) => return Err("there is no parameter of this name".into()),
+        (Some(Unused), _) | (_, Value::Null) => return Ok(None),
+        (Some(Int), v) => whole(v).ok_or("it must be a whole number")?.into(),
+        (Some(Size), v) => {
+            whole(v).filter(|n| *n >= 0).ok_or("it must be a whole number of 0 or more")?.into()
+        }
+        // Samplers compute with f32.
+        (Some(Float), v) if v.as_f64().is_some_and(|f| (f as f32).is_finite()) => v.clone(),
+        (Some(Bool), Value::Bool(_)) | (Some(Text), Value::String(_)) => value.clone(),
+        (Some(Texts), Value::String(s)) => vec![s.clone()].into(),
+        (Some(Texts), Value::Array(a)) if a.iter().all(Value::is_string) => value.clone(),
+        (Some(Float), _) => return Err("it must be a number".into()),
+        (Some(Bool), _) => return Err("it must be true or false".into()),
+        (Some(Text), _) => return Err("it must be a string".into()),
+        (Some(Texts), _) => return Err("it must be a string or an array of strings".into()),
+    };
+    match (name, &value) {
+        ("kv", _) => drop(text.parse::<KvSpec>().map_err(|e| e.to_string())?),
+        ("cache_type_k" | "cache_type_v" | "cache_type_k_pe", _) if DType::from_name(text).is_none() => {
+            return Err("it must be a tensor type (f32, f16, bf16, q8_0 ...)".into());
+        }
+        (_, Value::Array(a)) => {
+            let long = |v: &Value| v.as_str().is_some_and(|s| s.len() > LONGEST_STOP);
+            if a.len() > MOST_STOPS || a.iter().any(long) {
+                return Err(format!("at most {MOST_STOPS} strings of {LONGEST_STOP} bytes are possible"));
+            }
+        }
+        _ => {}
+    }
+    Ok(Some(value))
 }
 
 /// Parameters that are set, by name, each of its kind.
@@ -96,7 +149,7 @@ impl Parameters {
         let value = match kind(&name) {
             None => bail!("unknown parameter {name:?}"),
             Some(Unused) => return Ok(()),
-            Some(Int) => Value::from(text.parse::<i64>().map_err(|_| wrong("a whole number"))?),
+            Some(Int | Size) => Value::from(text.parse::<i64>().map_err(|_| wrong("a whole number"))?),
             Some(Float) => {
                 let n: f64 = text.parse().map_err(|_| wrong("a number"))?;
                 Value::Number(Number::from_f64(n).ok_or_else(|| wrong("a finite number"))?)
@@ -117,35 +170,9 @@ impl Parameters {
     /// # Errors
     /// An unknown name, or a value of the wrong kind.
     pub fn set(&mut self, name: &str, value: &Value) -> Result<()> {
-        let wrong = |what: &str| anyhow!("option {name:?} must be {what}");
-        let value = match (kind(name), value) {
-            (None, _) => bail!("unknown option {name:?}"),
-            (Some(Unused), _) | (_, Value::Null) => return Ok(()),
-            (Some(Int), Value::Number(n)) => match (n.as_i64(), n.as_f64()) {
-                (Some(n), _) => n.into(),
-                // JSON of other languages writes whole numbers as 3.0.
-                (_, Some(f)) if f.fract() == 0.0 && f.abs() < 9e15 => (f as i64).into(),
-                _ => return Err(wrong("a whole number")),
-            },
-            (Some(Float), Value::Number(_)) | (Some(Bool), Value::Bool(_)) => value.clone(),
-            (Some(Text), Value::String(_)) => value.clone(),
-            (Some(Texts), Value::String(s)) => vec![s.clone()].into(),
-            (Some(Texts), Value::Array(a)) if a.iter().all(Value::is_string) => value.clone(),
-            (Some(Int), _) => return Err(wrong("a whole number")),
-            (Some(Float), _) => return Err(wrong("a number")),
-            (Some(Bool), _) => return Err(wrong("true or false")),
-            (Some(Text), _) => return Err(wrong("a string")),
-            (Some(Texts), _) => return Err(wrong("a string or an array of strings")),
-        };
-        let text = value.as_str().unwrap_or_default();
-        match name {
-            "kv" => drop(text.parse::<KvSpec>().map_err(|e| anyhow!("option kv: {e}"))?),
-            "cache_type_k" | "cache_type_v" | "cache_type_k_pe" if DType::from_name(text).is_none() => {
-                return Err(wrong("a tensor type (f32, f16, bf16, q8_0 ...)"));
-            }
-            _ => {}
+        if let Some(value) = check(name, value).map_err(|why| anyhow!("{name}: {why}"))? {
+            self.0.insert(name.into(), value);
         }
-        self.0.insert(name.into(), value);
         Ok(())
     }
 
@@ -192,6 +219,11 @@ impl Parameters {
     /// A whole number, if it is set.
     pub fn int(&self, name: &str) -> Option<i64> {
         self.0.get(name)?.as_i64()
+    }
+
+    /// The same of 0 or more.
+    pub fn size(&self, name: &str) -> Option<usize> {
+        self.int(name)?.try_into().ok()
     }
 
     /// A number, if it is set.
@@ -273,6 +305,8 @@ mod tests {
             ("top_k", json!(1.5), "whole number"),
             ("temperature", json!([1]), "number"),
             ("use_mmap", json!(1), "true or false"),
+            ("num_ctx", json!(-1), "0 or more"),
+            ("stop", json!(vec!["x"; 10_000]), "at most"),
             ("stop", json!([1]), "strings"),
             ("kv", json!("nonsense:1"), "kv"),
             ("cache_type_k", json!("f17"), "tensor type"),

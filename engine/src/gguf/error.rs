@@ -39,6 +39,9 @@ pub enum ErrorKind {
     /// The operating system's answer.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    /// Whoever waited has given up ([`super::Progress::stop`]).
+    #[error("reading it was given up")]
+    Stopped,
     /// The path is a folder.
     #[error("is a directory, not a GGUF file")]
     Directory,

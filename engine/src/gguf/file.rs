@@ -15,6 +15,7 @@ use super::error::{ErrorKind, GgufError, shown};
 use super::header::{self, Header};
 pub use super::mmap::Access;
 use super::mmap::{Damage, Map};
+use super::progress::Progress;
 use super::split::{self, SplitName};
 use super::tensor::TensorInfo;
 use super::value::Metadata;
@@ -58,7 +59,15 @@ impl File {
     /// # Errors
     /// Whatever is wrong with the file or one of its parts; see [`ErrorKind`].
     pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self, GgufError> {
-        Self::open_parts(path.as_ref(), Some(mode))
+        Self::open_with(path.as_ref(), mode, &Progress::default())
+    }
+
+    /// The same; `progress` is told of the bytes read into memory.
+    ///
+    /// # Errors
+    /// As [`File::open`], and [`ErrorKind::Stopped`].
+    pub fn open_with(path: &Path, mode: OpenMode, progress: &Progress) -> Result<Self, GgufError> {
+        Self::open_parts(path, Some(mode), progress)
     }
 
     /// Reads headers only: the tensors' data need not be there, nor the other parts of a split model
@@ -67,12 +76,12 @@ impl File {
     /// # Errors
     /// As [`File::open`], about headers.
     pub fn headers(path: impl AsRef<Path>) -> Result<Self, GgufError> {
-        Self::open_parts(path.as_ref(), None)
+        Self::open_parts(path.as_ref(), None, &Progress::default())
     }
 
     /// `mode`: how the data are read; `None`: not at all.
-    fn open_parts(path: &Path, mode: Option<OpenMode>) -> Result<Self, GgufError> {
-        let (header, part) = load(path, mode)?;
+    fn open_parts(path: &Path, mode: Option<OpenMode>, progress: &Progress) -> Result<Self, GgufError> {
+        let (header, part) = load(path, mode, progress)?;
         let count = split::count(&header).map_err(|e| GgufError::new(path, e))?;
         if count == 1 {
             return Ok(Self { headers: mode.is_none(), ..Self::join(path.into(), vec![(header, part)])? });
@@ -87,7 +96,7 @@ impl File {
             let part_path = name.part(i);
             let (header, part) = match given.take_if(|_| i == name.index) {
                 Some(already) => already,
-                None => match load(&part_path, mode).map_err(|e| missing(e, i, count)) {
+                None => match load(&part_path, mode, progress).map_err(|e| missing(e, i, count)) {
                     Err(e)
                         if mode.is_none() && i > 0 && matches!(e.kind(), ErrorKind::SplitMissing { .. }) =>
                     {
@@ -270,13 +279,19 @@ impl File {
     /// Keeps all mapped bytes in memory, reading them now.
     ///
     /// # Errors
-    /// [`ErrorKind::Lock`].
-    pub fn lock(&self) -> Result<(), GgufError> {
-        for p in &self.parts {
-            if let Some(map) = &p.map {
+    /// [`ErrorKind::Lock`], [`ErrorKind::Stopped`].
+    pub fn lock(&self, progress: &Progress) -> Result<(), GgufError> {
+        let mapped = || self.parts.iter().filter_map(|p| Some((&p.path, p.map.as_ref()?)));
+        mapped().for_each(|(_, map)| progress.expect(map.len() as u64));
+        for (path, map) in mapped() {
+            for from in (0..map.len()).step_by(PIECE) {
+                if progress.is_stopped() {
+                    return Err(GgufError::new(path, ErrorKind::Stopped));
+                }
+                let to = map.len().min(from + PIECE);
                 let bytes = map.len() as u64;
-                map.lock(0..map.len())
-                    .map_err(|e| GgufError::new(&p.path, ErrorKind::Lock { bytes, error: e }))?;
+                map.lock(from..to).map_err(|e| GgufError::new(path, ErrorKind::Lock { bytes, error: e }))?;
+                progress.add((to - from) as u64);
             }
         }
         Ok(())
@@ -318,12 +333,15 @@ fn missing(e: GgufError, index: u64, count: u64) -> GgufError {
     }
 }
 
+/// Bytes read, or locked, between two looks at who waits.
+const PIECE: usize = 64 << 20;
+
 /// Opens one file and parses its header.
-fn load(path: &Path, mode: Option<OpenMode>) -> Result<(Header, Part), GgufError> {
-    read_part(path, mode).map_err(|e| GgufError::new(path, e))
+fn load(path: &Path, mode: Option<OpenMode>, progress: &Progress) -> Result<(Header, Part), GgufError> {
+    read_part(path, mode, progress).map_err(|e| GgufError::new(path, e))
 }
 
-fn read_part(path: &Path, mode: Option<OpenMode>) -> Result<(Header, Part), ErrorKind> {
+fn read_part(path: &Path, mode: Option<OpenMode>, progress: &Progress) -> Result<(Header, Part), ErrorKind> {
     // Looked at before opening: opening a pipe would wait for its other end.
     let meta = fs::metadata(path)?;
     if meta.is_dir() {
@@ -359,7 +377,15 @@ fn read_part(path: &Path, mode: Option<OpenMode>) -> Result<(Header, Part), Erro
             let mut buffer = Buffer::new(len)?;
             let (head, rest) = buffer.as_mut().split_at_mut(start.len());
             head.copy_from_slice(&start);
-            file.read_exact(rest)?;
+            progress.expect(len);
+            progress.add(start.len() as u64);
+            for piece in rest.chunks_mut(PIECE) {
+                if progress.is_stopped() {
+                    return Err(ErrorKind::Stopped);
+                }
+                file.read_exact(piece)?;
+                progress.add(piece.len() as u64);
+            }
             Part { path: path.into(), bytes: buffer.into_host_bytes(), map: None }
         }
     };

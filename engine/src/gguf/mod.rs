@@ -8,6 +8,7 @@ mod error;
 mod file;
 mod header;
 mod mmap;
+mod progress;
 mod split;
 mod summary;
 mod tensor;
@@ -19,6 +20,7 @@ pub use file::{Access, File, OpenMode};
 pub(crate) use mmap::Map;
 #[cfg(target_os = "linux")]
 pub(crate) use mmap::interleave;
+pub use progress::Progress;
 pub use summary::{Summary, TypeShare, file_type_name, size_label};
 pub use tensor::{TensorInfo, type_id_name};
 pub use value::{Array, Metadata, MetadataError, Value};

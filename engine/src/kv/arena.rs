@@ -10,6 +10,7 @@ use super::policy::{KvError, LayerView, Selection};
 use super::pool::{BLOCK, Pool};
 use super::ring::Ring;
 use super::set::{Progress, Set, SetShape};
+use super::spec::KvPlan;
 use super::step::Step;
 use crate::EngineError;
 use kernels::{Device, KvBuf, Visible};
@@ -64,6 +65,8 @@ pub(super) struct Sequence {
     pub generation: u32,
     /// Position of the first token.
     pub base: u64,
+    /// Sinks of its own, instead of the configuration's.
+    pub sinks: Option<usize>,
     pub tokens: Vec<u32>,
     /// Per group.
     pub held: Vec<Held>,
@@ -217,7 +220,8 @@ impl Arena {
             Kind::Set(s) => Held::Set(Set::new(s)),
         });
         let held = held.collect();
-        self.place(Sequence { generation: 0, base, tokens: Vec::new(), held, progress: Progress::default() })
+        let progress = Progress::default();
+        self.place(Sequence { generation: 0, base, sinks: None, tokens: Vec::new(), held, progress })
     }
 
     fn check_base(&self, base: u64) -> Result<(), EngineError> {
@@ -293,8 +297,8 @@ impl Arena {
                 Held::Set(old) => Held::Set(copy(device, old, g, layers)?),
             });
         }
-        let (base, tokens, progress) = (s.base, s.tokens.clone(), s.progress);
-        self.place(Sequence { generation: 0, base, tokens, held, progress })
+        let (base, sinks, tokens, progress) = (s.base, s.sinks, s.tokens.clone(), s.progress);
+        self.place(Sequence { generation: 0, base, sinks, tokens, held, progress })
     }
 
     /// The tokens of a sequence, those no longer seen included.
@@ -307,7 +311,7 @@ impl Arena {
         let s = self.get(id)?;
         let len = s.tokens.len();
         let window = match self.options.keep {
-            super::spec::KvPlan::Ring { sinks, window } => sinks + window,
+            KvPlan::Ring { sinks, window } => sinks + window,
             _ => usize::MAX,
         };
         let sets = s.held.iter().filter_map(|h| match h {
@@ -332,6 +336,7 @@ impl Arena {
             let layers = g.layers.len() as f32;
             match (h, &g.kind) {
                 (Held::Ring(_), Kind::Ring(reach)) => {
+                    let reach = reach.with_sinks(s.sinks);
                     reach.kept(len).for_each(|i| sums[i * parts / len] += layers);
                 }
                 (Held::Set(set), _) => {
@@ -361,7 +366,7 @@ impl Arena {
         let mut left = len.min(now);
         loop {
             let usable = s.held.iter().zip(&self.groups).map(|(h, g)| match (h, &g.kind) {
-                (Held::Ring(r), Kind::Ring(reach)) => r.usable(reach, left),
+                (Held::Ring(r), Kind::Ring(reach)) => r.usable(&reach.with_sinks(s.sinks), left),
                 (Held::Set(set), Kind::Set(shape)) => set.usable(shape, left, now),
                 _ => 0,
             });
@@ -381,12 +386,70 @@ impl Arena {
         }
         for (h, g) in s.held.iter_mut().zip(&mut self.groups) {
             match (h, &g.kind) {
-                (Held::Ring(r), Kind::Ring(reach)) => r.truncate(reach, &mut g.pool, left),
+                (Held::Ring(r), Kind::Ring(reach)) => {
+                    r.truncate(&reach.with_sinks(s.sinks), &mut g.pool, left);
+                }
                 (Held::Set(set), _) if left < now => set.truncate(&mut g.pool, left, now),
                 _ => {}
             }
         }
         Ok(left)
+    }
+
+    /// Has a ring with sinks keep at least the first `n` tokens of this sequence, in whole blocks, for as long as something
+    /// follows: the window is shorter or longer by as much. A quarter of both always stays the window's. Returns how many of
+    /// the sequence's tokens are left: those that would be the same with the new sinks. Caches that keep everything, have no
+    /// sinks or choose what stays are as they were.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSequence`].
+    pub fn set_sinks(&mut self, id: SeqId, n: usize) -> Result<usize, EngineError> {
+        let s = self.get(id)?;
+        let (old, now) = (s.sinks, s.tokens.len());
+        let KvPlan::Ring { sinks, window } = self.options.keep else { return Ok(now) };
+        let new = n.max(1).next_multiple_of(BLOCK).min(self.most_sinks());
+        if new == 0 || old.unwrap_or(sinks) == new {
+            return Ok(now);
+        }
+        // As long as all is seen, sinks change nothing.
+        let mut left = self.truncate(id, now.min(sinks + window))?;
+        let s = self.sequences[id.index as usize].as_mut().expect("checked");
+        let mut moved = true;
+        for (h, g) in s.held.iter_mut().zip(&self.groups) {
+            if let (Held::Ring(r), Kind::Ring(reach)) = (h, &g.kind)
+                && reach.sinks > 0
+            {
+                moved = r.resink(&reach.with_sinks(old), &reach.with_sinks(Some(new)), left);
+            }
+        }
+        if !moved {
+            left = self.truncate(id, 0)?;
+        }
+        self.sequences[id.index as usize].as_mut().expect("checked").sinks = Some(new);
+        Ok(left)
+    }
+
+    /// Sinks that a sequence may have of its own; 0: none.
+    pub(super) fn most_sinks(&self) -> usize {
+        match self.options.keep {
+            KvPlan::Ring { sinks, window } if sinks > 0 => {
+                let all = sinks + window;
+                (all - all / 4) / BLOCK * BLOCK
+            }
+            _ => 0,
+        }
+    }
+
+    /// The first tokens of a sequence that stay for as long as something follows; 0 where the cache has no sinks.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSequence`].
+    pub fn sinks(&self, id: SeqId) -> Result<usize, EngineError> {
+        let own = self.get(id)?.sinks;
+        Ok(match self.options.keep {
+            KvPlan::Ring { sinks, .. } => own.unwrap_or(sinks),
+            _ => 0,
+        })
     }
 }
 

@@ -68,6 +68,7 @@ fn plan(kind: usize) -> KvPlan {
         1 => KvPlan::Ring { sinks: 3, window: 50 },
         2 => KvPlan::Ring { sinks: 0, window: 7 },
         3 => KvPlan::Ring { sinks: 35, window: 36 },
+        8 => KvPlan::Ring { sinks: 64, window: 66 },
         _ => KvPlan::Set(SetPlan {
             policy: Arc::new(Scrambled),
             needs: Scrambled.needs(),
@@ -93,6 +94,8 @@ struct Naive {
     kept: Vec<Vec<usize>>,
     evicted_at: usize,
     decoded: usize,
+    /// Sinks of its own.
+    sinks: Option<usize>,
     /// Its length when it was loaded from a file, which holds what the next query sees and no more.
     loaded: usize,
 }
@@ -140,7 +143,10 @@ impl Naive {
             (KvPlan::Ring { window: w, .. }, 0) => window(0, LOCAL.min(*w)),
             (_, 0) => window(0, LOCAL),
             (KvPlan::Full, _) => window(0, usize::MAX),
-            (KvPlan::Ring { sinks, window: w }, _) => window(*sinks, *w),
+            (KvPlan::Ring { sinks, window: w }, _) => {
+                let own = self.sinks.unwrap_or(*sinks);
+                window(own, sinks + w - own)
+            }
             (KvPlan::Set(_), _) => {
                 (self.kept[h].iter().filter(|i| **i <= t).map(|i| self.ids[*i]).collect(), 0)
             }
@@ -258,6 +264,26 @@ impl World {
         }
     }
 
+    fn set_sinks(&mut self, i: usize, n: usize) {
+        let (id, naive) = &mut self.seqs[i];
+        let now = naive.ids.len();
+        let left = self.arena.set_sinks(*id, n).unwrap();
+        match &self.plan {
+            KvPlan::Ring { sinks, window } if *sinks > 0 => {
+                let (own, all) = (self.arena.sinks(*id).unwrap(), sinks + window);
+                assert!(own >= n.min(self.arena.most_sinks()) && all - own >= all / 4, "{own} of {all}");
+                let old = naive.sinks.unwrap_or(*sinks);
+                assert!(left == now || now > all || naive.loaded > 0 || !old.is_multiple_of(32));
+                naive.sinks = (naive.sinks.is_some() || own != *sinks).then_some(own);
+            }
+            _ => assert_eq!(left, now),
+        }
+        naive.ids.truncate(left);
+        if left == 0 {
+            naive.loaded = 0;
+        }
+    }
+
     fn save_and_load(&mut self, i: usize) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cache");
@@ -292,6 +318,7 @@ enum Op {
     Free(usize),
     Truncate(usize, usize),
     Save(usize),
+    Sinks(usize, usize),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -303,6 +330,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..3usize).prop_map(Op::Free),
         2 => (0..3usize, prop_oneof![0..=100usize, Just(100), 90..=100usize]).prop_map(|(i, s)| Op::Truncate(i, s)),
         1 => (0..3usize).prop_map(Op::Save),
+        2 => (0..3usize, 0..120usize).prop_map(|(i, n)| Op::Sinks(i, n)),
     ]
 }
 
@@ -310,7 +338,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn nothing_is_lost_and_nothing_attended_twice(kind in 0..8usize, ops in prop::collection::vec(op(), 1..24)) {
+    fn nothing_is_lost_and_nothing_attended_twice(kind in 0..9usize, ops in prop::collection::vec(op(), 1..24)) {
         let arena = arena(kind);
         let bytes = arena.bytes();
         let mut w = World { arena, plan: plan(kind), seqs: Vec::new(), next: 1 };
@@ -358,6 +386,7 @@ proptest! {
                 }
                 Op::Truncate(i, share) => w.truncate(i % n, share),
                 Op::Save(i) => w.save_and_load(i % n),
+                Op::Sinks(i, sinks) => w.set_sinks(i % n, sinks),
             }
         }
         for (id, naive) in std::mem::take(&mut w.seqs) {

@@ -12,6 +12,7 @@
 use super::arena::{Arena, Group, Held, LAST_BASE, LayerKv, SeqId};
 use super::evict::{read_mass, write_mass};
 use super::options::Kind;
+use super::pool::BLOCK;
 use super::ring::Ring;
 use super::set::{Progress, Set};
 use crate::EngineError;
@@ -92,6 +93,7 @@ impl Arena {
             "kv": origin.kv,
             "types": self.types_text(),
             "base": s.base,
+            "sinks": s.sinks,
             "tokens": s.tokens.len(),
             "progress": [p.reading.0, p.reading.1, p.prompt_end, p.decoded],
             "groups": groups.collect::<Vec<_>>(),
@@ -109,7 +111,7 @@ impl Arena {
         put(bytemuck::cast_slice(&s.tokens.iter().map(|t| t.to_le()).collect::<Vec<u32>>()))?;
         let floats = |v: &[f32]| -> Vec<u8> { v.iter().flat_map(|x| x.to_le_bytes()).collect() };
         for (group, held) in self.groups.iter().zip(&s.held) {
-            let slots = saved_slots(group, held, s.tokens.len());
+            let slots = saved_slots(group, held, s.sinks, s.tokens.len());
             if let Held::Set(set) = held {
                 for p in &set.positions {
                     put(&p.iter().flat_map(|p| p.to_le_bytes()).collect::<Vec<u8>>())?;
@@ -174,6 +176,13 @@ impl Arena {
         let damaged = || fail("its header does not fit this cache".into());
         let len = count(&header["tokens"]).ok_or_else(damaged)?;
         let base = header["base"].as_u64().filter(|b| *b <= LAST_BASE).ok_or_else(damaged)?;
+        let sinks = match &header["sinks"] {
+            Value::Null => None,
+            n => {
+                let sound = |n: &usize| (1..=self.most_sinks()).contains(n) && n.is_multiple_of(BLOCK);
+                Some(count(n).filter(sound).ok_or_else(damaged)?)
+            }
+        };
         // Before anything is counted by it.
         if (len as u64).checked_mul(4).is_none_or(|b| b > body) {
             return Err(fail("its length is not what its header says".into()));
@@ -216,6 +225,7 @@ impl Arena {
             return Err(EngineError::TokenId { id, n_vocab: origin.n_vocab });
         }
         self.truncate(id, 0)?;
+        self.sequences[id.index as usize].as_mut().expect("checked").sinks = sinks;
         let restored = self.restore(id, &mut file, len, &sets);
         if restored.is_err() {
             self.truncate(id, 0)?;
@@ -262,7 +272,9 @@ impl Arena {
         let s = sequences[id.index as usize].as_mut().ok_or(Some(EngineError::NoSequence))?;
         for ((group, held), h) in groups.iter_mut().zip(&mut s.held).zip(sets) {
             match (&group.kind, &mut *held) {
-                (Kind::Ring(reach), Held::Ring(ring)) => *ring = Ring::restore(reach, &mut group.pool, len),
+                (Kind::Ring(reach), Held::Ring(ring)) => {
+                    *ring = Ring::restore(&reach.with_sinks(s.sinks), &mut group.pool, len);
+                }
                 (Kind::Set(shape), Held::Set(set)) => {
                     let (heads, mut slots) = (shape.geometry.kv_heads, Vec::new());
                     *set = Set::new(shape);
@@ -288,7 +300,7 @@ impl Arena {
                 }
                 _ => unreachable!("sequences are made from the groups"),
             }
-            let slots = saved_slots(group, held, len);
+            let slots = saved_slots(group, held, s.sinks, len);
             for &l in &group.layers {
                 let LayerKv { first, second, .. } = &mut layers[l];
                 for buf in [first, second] {
@@ -312,9 +324,12 @@ fn failed(path: &Path, why: String) -> EngineError {
 }
 
 /// The slots whose rows a file holds, of a sequence of `len` tokens.
-fn saved_slots(group: &Group, held: &Held, len: usize) -> Vec<u32> {
+fn saved_slots(group: &Group, held: &Held, sinks: Option<usize>, len: usize) -> Vec<u32> {
     match (&group.kind, held) {
-        (Kind::Ring(reach), Held::Ring(r)) => reach.kept(len).map(|i| r.slot(reach, i)).collect(),
+        (Kind::Ring(reach), Held::Ring(r)) => {
+            let reach = reach.with_sinks(sinks);
+            reach.kept(len).map(|i| r.slot(&reach, i)).collect()
+        }
         (_, Held::Set(set)) => set.slots(set.entries),
         _ => Vec::new(),
     }

@@ -16,6 +16,14 @@ pub struct Reach {
 }
 
 impl Reach {
+    /// The same reach with other sinks: what the window has is the sinks' loss. Local attention, which has none, gets none.
+    pub fn with_sinks(self, sinks: Option<usize>) -> Self {
+        match (sinks, self.window) {
+            (Some(n), Some(w)) if self.sinks > 0 => Self { sinks: n, window: Some(self.sinks + w - n) },
+            _ => self,
+        }
+    }
+
     /// Blocks that a sequence holds at most, fed at most `chunk` tokens at a time, that ends at `end` tokens, if ever.
     pub fn blocks(&self, chunk: usize, end: Option<usize>) -> usize {
         // From the oldest entry that the chunk's first query sees to its last: W - 1 + chunk, beginning anywhere in a block.
@@ -147,6 +155,19 @@ impl Ring {
         if len <= r.sinks {
             self.valid = 0;
         }
+    }
+
+    /// Has the sinks of `to` be those of a sequence of `len` tokens, with all entries from the first on where they are. False:
+    /// entries are gone, or blocks begin elsewhere.
+    pub fn resink(&mut self, from: &Reach, to: &Reach, len: usize) -> bool {
+        let aligned = from.sinks.is_multiple_of(BLOCK) || len <= from.sinks;
+        if self.gone > 0 || self.valid > 0 || !aligned || !to.sinks.is_multiple_of(BLOCK) {
+            return false;
+        }
+        let mut all: VecDeque<u32> = self.sinks.drain(..).chain(self.blocks.drain(..)).collect();
+        self.sinks = all.drain(..all.len().min(to.sinks / BLOCK)).collect();
+        self.blocks = all;
+        true
     }
 
     /// Blocks for what [`Reach::kept`] names of a sequence of `len` tokens.

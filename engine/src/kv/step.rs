@@ -129,6 +129,7 @@ impl Arena {
                 let Group { kind, pool, most, visible, slots, sink_positions, far, .. } = group;
                 match (kind, &mut s.held[g]) {
                     (Kind::Ring(reach), Held::Ring(ring)) => {
+                        let reach = &reach.with_sinks(s.sinks);
                         ring.extend(reach, pool, (len, n), *most, moves, slots);
                         for t in len..len + n {
                             spans.clear();

@@ -13,6 +13,8 @@ pub struct Job {
     /// The answer must not depend on what was cached before: of other requests' tokens only those are used again that were
     /// computed as rows of a prompt, for decoded rows differ in rounding.
     pub exact: bool,
+    /// All rows of the prompt are to be computed: nothing that is cached is used again.
+    pub whole: bool,
 }
 
 /// A job at work.
@@ -38,6 +40,9 @@ pub(super) struct Slot {
 impl Slot {
     /// How much of the job's prompt can be taken from here. At least one token is left to compute: its logits are needed.
     pub fn common(&self, job: &Job) -> usize {
+        if job.whole {
+            return 0;
+        }
         let most = if job.exact { self.exact } else { self.tokens.len() };
         let n = self.tokens.iter().zip(job.prompt.iter()).take_while(|(a, b)| a == b).count();
         n.min(most).min(job.prompt.len() - 1)

@@ -8,7 +8,7 @@ use std::sync::Arc;
 const LIMITS: Limits = Limits { slots: 3, rows: 16, batch: 8, chunk: 5, queue: 4 };
 
 fn job(id: u64, prompt: &[u32], exact: bool) -> Job {
-    Job { id, prompt: Arc::from(prompt), exact }
+    Job { id, prompt: Arc::from(prompt), exact, whole: false }
 }
 
 /// What a cache would hold: per place, tokens and whether each was a prompt's row after prompts' rows only.
@@ -194,6 +194,9 @@ fn conversations_are_continued_and_shared() {
     assert_eq!(start, Start::Own { keep: 50 });
     let (start, _) = run(&mut s, &mut w, 4, &[&tail[..], &[6]].concat(), false);
     assert_eq!(start, Start::Own { keep: 20 + tail.len() });
+    // Who wants to see every row computed gets none that is cached.
+    s.submit(Job { whole: true, ..job(5, &system, false) }).unwrap();
+    assert_eq!(s.admit().unwrap().start, Start::Own { keep: 0 });
 }
 
 #[test]
