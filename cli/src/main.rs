@@ -7,6 +7,7 @@ mod args;
 mod chat;
 mod cmd;
 mod demo;
+mod gpus;
 mod http;
 mod memory;
 mod model;

@@ -20,8 +20,3 @@ impl Resident {
         Self { file: self.file.max(other.file), anon: self.anon.max(other.anon) }
     }
 }
-
-/// Page faults of the process so far: minor, and major ones, which read from disk.
-pub fn page_faults() -> Option<(u64, u64)> {
-    engine::Usage::now().map(|u| (u.minor_faults, u.major_faults))
-}

@@ -216,7 +216,7 @@ impl LoadConfig {
         let options = LoadOptions {
             mmap: self.memory.access != Access::Read,
             lock: self.memory.access == Access::Locked,
-            pager: PagerOptions { pin: self.memory.pin_experts, memory: None },
+            pager: PagerOptions { pin: self.memory.pin_experts, ..PagerOptions::default() },
             threads: self.threads,
             progress: progress.clone(),
         };

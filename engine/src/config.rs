@@ -12,6 +12,9 @@ use std::collections::HashSet;
 const DESCRIPTIVE: &[&str] =
     &["vocab_size", "context_length", "rope.scaling.finetuned", "attention.causal", "pooling_type"];
 
+/// Layers, heads, widths, windows are at most so many.
+const MOST: usize = 1 << 22;
+
 /// The metadata keys under `{arch}.`, each remembered once read.
 pub struct Hyper<'a> {
     meta: &'a Metadata,
@@ -37,14 +40,20 @@ impl<'a> Hyper<'a> {
 
     /// An optional count.
     pub fn opt(&self, name: &str) -> Result<Option<usize>, EngineError> {
-        Ok(self.meta.u32(&self.key(name))?.map(|v| v as usize))
+        self.meta.u32(&self.key(name))?.map(|v| self.possible(name, v as usize)).transpose()
+    }
+
+    /// Refuses counts that no model has, before memory is taken by them.
+    fn possible(&self, name: &str, v: usize) -> Result<usize, EngineError> {
+        let most = || format!("at most {MOST} is possible");
+        if v > MOST { Err(self.bad(name, &v.to_string(), &most())) } else { Ok(v) }
     }
 
     /// A count that must be there and be at least 1.
     pub fn need(&self, name: &str) -> Result<usize, EngineError> {
         let key = self.key(name);
         let v = self.meta.need(&key, self.meta.u32(&key))? as usize;
-        if v == 0 { Err(self.bad(name, "0", "it must be at least 1")) } else { Ok(v) }
+        if v == 0 { Err(self.bad(name, "0", "it must be at least 1")) } else { self.possible(name, v) }
     }
 
     /// A count given once, or once per layer with the same value in each.
@@ -58,7 +67,7 @@ impl<'a> Hyper<'a> {
                 };
                 match values.first() {
                     Some(&v) if values.iter().all(|x| *x == v) && v > 0 && v <= u32::MAX.into() => {
-                        Ok(v as usize)
+                        self.possible(name, v as usize)
                     }
                     _ => Err(self.bad(name, "an array", "different values per layer are not implemented")),
                 }

@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::gguf::Metadata;
 use crate::kv::{Rows, SeqId};
+use crate::plan::of_context;
 use crate::session::{Model, SessionOptions};
 use crate::{EngineError, KvSpec};
 use std::sync::Arc;
@@ -48,6 +49,15 @@ pub struct Embedding {
 }
 
 impl Embedding {
+    /// Bytes that a text of so many tokens takes while it is embedded.
+    ///
+    /// # Errors
+    /// As [`Embedding::new`].
+    pub fn bytes(model: &Arc<Model>, tokens: usize) -> Result<u64, EngineError> {
+        let needs = of_context(model.network(), &options(tokens), 1, model.device())?;
+        Ok(needs.kv.iter().sum::<u64>() + needs.activations + needs.scratch)
+    }
+
     /// Allocates a cache of its own for `tokens`.
     ///
     /// # Errors
@@ -56,8 +66,7 @@ impl Embedding {
         if tokens.is_empty() {
             return Err(EngineError::Option("there is no token to embed".into()));
         }
-        let options = SessionOptions { ctx: tokens.len(), kv: KvSpec::default(), ..Default::default() };
-        let mut context = Context::new(model, &options, 1)?;
+        let mut context = Context::new(model, &options(tokens.len()), 1)?;
         let seq = context.cache_mut().admit(0)?;
         context.check(seq, &tokens)?;
         let sum = vec![0.0; model.info().d_model];
@@ -96,6 +105,11 @@ impl Embedding {
         // The mean's divisor goes with the length.
         Ok(Some(self.sum.iter().map(|s| (s / length) as f32).collect()))
     }
+}
+
+/// A cache that keeps all of a text.
+fn options(tokens: usize) -> SessionOptions {
+    SessionOptions { ctx: tokens, kv: KvSpec::default(), ..Default::default() }
 }
 
 /// The vector `[d_model]` of length 1 of a text.

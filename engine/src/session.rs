@@ -121,7 +121,7 @@ impl Model {
         let mut paging = options.pager;
         if options.lock {
             file.lock(&options.progress)?;
-            paging = PagerOptions { pin: 0, memory: Some(u64::MAX) };
+            paging = PagerOptions { memory: Some(u64::MAX), ..PagerOptions::default() };
         }
         let pager = Arc::new(Pager::new(&file, paging));
         let network = model::load(&file, &device, pager.clone())?;

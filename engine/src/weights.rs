@@ -3,7 +3,7 @@
 use crate::EngineError;
 use crate::gguf::{File, TensorInfo};
 use crate::pager::Pager;
-use kernels::{Device, Vector, Weight};
+use kernels::{Device, KernelError, Vector, Weight};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -68,7 +68,10 @@ impl<'a> Loader<'a> {
     /// Rows of a two-dimensional tensor, before its shape is known (the vocabulary's size).
     pub fn rows(&self, name: &str) -> Result<usize, EngineError> {
         let t = self.file.tensor(name).ok_or_else(|| EngineError::MissingTensor(name.into()))?;
-        Ok(t.dims.get(1).copied().unwrap_or(1) as usize)
+        let rows = t.dims.get(1).copied().unwrap_or(1);
+        usize::try_from(rows).ok().filter(|n| *n <= i32::MAX as usize).ok_or_else(|| {
+            EngineError::Unsupported(format!("tensor {name} has {rows} rows: token ids are 32-bit integers"))
+        })
     }
 
     fn load(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
@@ -117,19 +120,28 @@ impl<'a> Loader<'a> {
 
     /// A vector, widened to f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vector, EngineError> {
-        Ok(Vector::new(self.values(name, len)?))
+        Ok(Vector::new(self.read(name, len)?))
     }
 
-    /// A vector's values on the host.
+    /// A vector's values on the host; without data ones, which every check lets through.
     pub fn values(&self, name: &str, len: usize) -> Result<Vec<f32>, EngineError> {
+        let mut values = self.read(name, len)?;
+        if !self.file.has_data() {
+            values.fill(1.0);
+        }
+        Ok(values)
+    }
+
+    /// A vector's values; without data zeros, which take no memory until they are written.
+    fn read(&self, name: &str, len: usize) -> Result<Vec<f32>, EngineError> {
         let t = self.info(name, &[len as u64])?;
         if t.dims != [len as u64] {
             let expected = vec![len as u64];
             return Err(EngineError::TensorShape { name: name.into(), found: t.dims.clone(), expected });
         }
         self.taken.borrow_mut().insert(name.into());
-        // Without data, values that every check lets through.
-        let mut values = vec![1.0; len];
+        let fail = |()| KernelError::Memory { what: "weights", bytes: len.saturating_mul(4) };
+        let mut values = bytemuck::allocation::try_zeroed_vec(len).map_err(fail)?;
         if self.file.has_data() {
             (t.dtype.format().dequantize)(&self.file.bytes(&t), &mut values);
         }

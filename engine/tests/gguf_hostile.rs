@@ -99,6 +99,10 @@ fn counts_and_lengths() {
         }
     }
     assert_kind!(keyed(1).string("k").u32(4).bytes(&[1, 2]), Truncated { what } if what.contains('k'));
+    let long = "k".repeat(65536);
+    assert_kind!(keyed(1).string(&long).u32(0).bytes(&[1]), NameLength { len: 65536, .. });
+    assert!(keyed(1).string(&long[1..]).u32(0).bytes(&[1]).open().is_ok());
+    assert_kind!(Raw::header(3, 1, 0).tensor(&long, &[1], 0, 0).data(4), NameLength { what, .. } if what.contains("tensor"));
 }
 
 #[test]

@@ -208,6 +208,11 @@ fn errors_name_key_and_value() {
         ("tokenizer.ggml.token_type", Some(Value::Array(Array::F32(vec![1.0; 260]))), &["token_type", "f32"]),
         ("tokenizer.ggml.scores", Some(Value::Array(Array::F32(vec![1.0; 3]))), &["scores", "3", "260"]),
         ("tokenizer.ggml.scores", Some(Value::Array(Array::F32(vec![f32::NAN; 260]))), &["scores", "number"]),
+        (
+            "tokenizer.ggml.merges",
+            Some(strings(&[&format!("x {}", "x".repeat(140_000))])),
+            &["merges", "bytes"],
+        ),
         ("tokenizer.ggml.bos_token_id", Some(Value::U32(260)), &["bos_token_id", "260"]),
         ("tokenizer.ggml.eos_token_id", Some(Value::I32(-1)), &["eos_token_id", "-1"]),
         ("tokenizer.ggml.add_bos_token", Some(Value::Bool(true)), &["add_bos_token", "bos_token_id"]),
@@ -224,6 +229,18 @@ fn errors_name_key_and_value() {
         let e = Vocab::from_metadata(&m).map(|_| ()).unwrap_err().to_string();
         assert!(words.iter().all(|w| e.contains(w)) && !e.contains('\n'), "{key}: {e}");
     }
+    // Special tokens of 6 MB together.
+    let mut m = small_bpe();
+    let many = (0..100).map(|i| format!("{i}{}", "x".repeat(60_000)));
+    m.set("tokenizer.ggml.tokens", Value::Array(Array::String(many.collect())));
+    m.set("tokenizer.ggml.token_type", Value::Array(Array::I32(vec![3; 100])));
+    let e = Vocab::from_metadata(&m).map(|_| ()).unwrap_err().to_string();
+    assert!(e.contains("special tokens of 6000190 bytes"), "{e}");
+    let mut m = small_bpe();
+    m.set("tokenizer.ggml.tokens", strings(&[&"x".repeat(70_000)]));
+    m.remove("tokenizer.ggml.token_type");
+    let e = Vocab::from_metadata(&m).map(|_| ()).unwrap_err().to_string();
+    assert!(e.contains("tokenizer.ggml.tokens") && e.contains("70000 bytes"), "{e}");
     let mut m = small_bpe();
     let twice = vec!["a".to_string(); 2];
     m.set("tokenizer.ggml.tokens", Value::Array(Array::String(twice)));

@@ -2,10 +2,13 @@
 //! from the second on, and so forth, while a model is loaded, a session opened, a prompt read and tokens decoded. A session
 //! opened before goes on as if nothing had been.
 
+use benches::synth::{self, Geometry, Types};
+use engine::plan::PlanModel;
 use engine::{EngineError, LoadOptions, Model, Session, SessionOptions};
 use ref_tests::{fixture, root};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 /// What counts as large: more than the lists of this model's vocabulary take, whose growth nobody can be asked about.
@@ -55,13 +58,57 @@ fn request(path: &Path, kv: &str, mmap: bool) -> Result<Vec<f32>, EngineError> {
     s.eval(&ids)?;
     let mut last = Vec::new();
     for t in 0..40 {
-        last = s.eval(&[5 + t])?.to_vec();
+        let logits = s.eval(&[5 + t])?;
+        last.clear();
+        last.try_reserve_exact(logits.len())
+            .map_err(|_| EngineError::Option("the test cannot allocate".into()))?;
+        last.extend_from_slice(logits);
     }
     Ok(last)
 }
 
+/// What was refused from each large allocation on must be an error, until there are no more: the number of them.
+fn refuse_each(mut attempt: impl FnMut() -> Result<(), EngineError>, mut after: impl FnMut()) -> usize {
+    for failed in 0..10_000 {
+        LEFT.store(failed, SeqCst);
+        let got = attempt();
+        LEFT.store(usize::MAX, SeqCst);
+        match got {
+            Ok(()) => return failed,
+            Err(e) => {
+                let e = e.to_string();
+                assert!(!e.contains('\n') && (e.contains("allocate") || e.contains("memory")), "{e}");
+            }
+        }
+        after();
+    }
+    panic!("no end");
+}
+
+/// One test at a time: the count is the process's.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Lists as long as a vocabulary, from the header to the logits.
+#[test]
+fn a_large_vocabulary_may_not_fit() {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    let g = Geometry::named("llama-3.2-1b").expect("in the table").tiny();
+    let g = Geometry { layers: 1, vocab: 100_000, ..g };
+    synth::write(&g, Types::from_name("Q4_0").expect("a type"), 1, &path).expect("written");
+    let plan = || PlanModel::open(&path).map(drop);
+    let n = refuse_each(plan, || ());
+    assert!(n >= 2, "{n} large allocations of a header");
+    // What the process makes once stays.
+    request(&path, "full", true).expect("with memory it works");
+    let n = refuse_each(|| request(&path, "full", true).map(drop), || ());
+    assert!(n >= 8, "{n} large allocations of a vocabulary and logits");
+}
+
 #[test]
 fn every_large_allocation_may_fail() {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
     let demo: PathBuf = root().join("ref-tests/demo-model/demo-q8_0.gguf");
     let llama = fixture("llama3").join("model.gguf");
     let model = Model::load(&demo, &LoadOptions { threads: 2, ..LoadOptions::default() })
@@ -78,29 +125,15 @@ fn every_large_allocation_may_fail() {
         (&llama, "keydiff:budget=200,every=8", true),
     ] {
         let want = request(path, kv, mmap).expect("with memory it works");
-        let mut failed = 0;
-        loop {
-            LEFT.store(failed, SeqCst);
-            let got = request(path, kv, mmap);
-            LEFT.store(usize::MAX, SeqCst);
-            match got {
-                Ok(got) => {
-                    assert!(got == want, "{kv}: other logits");
-                    break;
-                }
-                Err(e) => {
-                    let e = e.to_string();
-                    assert!(
-                        !e.contains('\n') && (e.contains("allocate") || e.contains("memory")),
-                        "{kv}: {e}"
-                    );
-                }
-            }
+        let attempt = || {
+            let got = request(path, kv, mmap)?;
+            assert!(got == want, "{kv}: other logits");
+            Ok(())
+        };
+        let failed = refuse_each(attempt, || {
             other.truncate(0);
             assert!(other.eval(&ids).expect("others go on") == before, "{kv}: another session was disturbed");
-            failed += 1;
-            assert!(failed < 10_000);
-        }
+        });
         println!("{} {kv}: {failed} large allocations, refused from each on", path.display());
         assert!(failed > 4, "{kv}: {failed}");
     }

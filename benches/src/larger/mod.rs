@@ -5,10 +5,12 @@ mod group;
 pub use group::Group;
 
 use anyhow::{Context, Result};
-use engine::pager::ideal;
+use engine::gguf::{File, OpenMode};
+use engine::pager::{PagerOptions, ideal};
 use engine::{LoadOptions, Model, Session, SessionOptions, Usage};
 use serde::{Deserialize, Serialize};
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::{Seek, SeekFrom, Write as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -29,6 +31,8 @@ pub struct Outcome {
     pub ideal: Option<u64>,
     /// Bytes of the experts that were chosen.
     pub chosen: Option<u64>,
+    /// The share of the uses that the tenth of the experts used most had.
+    pub hot: Option<f64>,
     /// The system ended it for want of memory.
     pub killed: bool,
     /// It ended with an error.
@@ -56,6 +60,9 @@ impl std::fmt::Display for Outcome {
         if let (Some(i), Some(c)) = (self.ideal, self.chosen) {
             write!(f, ", ideal {:.1} MB of {:.1} MB chosen", mb(i), mb(c))?;
         }
+        if let Some(hot) = self.hot {
+            write!(f, ", {:.0}% of the uses by a tenth of the experts", hot * 100.0)?;
+        }
         Ok(())
     }
 }
@@ -68,7 +75,7 @@ pub struct Row {
     pub limit: u64,
     /// rsinfer's.
     pub ours: Option<Outcome>,
-    /// llama.cpp's.
+    /// That of the other, llama.cpp or rsinfer otherwise.
     pub theirs: Option<Outcome>,
 }
 
@@ -94,8 +101,9 @@ pub fn decode(
     tokens: usize,
     seconds: f64,
     limit: u64,
+    pager: PagerOptions,
 ) -> Result<Outcome> {
-    let model = Model::load(path, &LoadOptions { threads, ..Default::default() })?;
+    let model = Model::load(path, &LoadOptions { threads, pager, ..Default::default() })?;
     let options = SessionOptions { ctx: warm + tokens, batch: 64, ..Default::default() };
     let mut session = Session::new(&model, &options)?;
     let usage = || Usage::now().context("this system does not count page faults");
@@ -131,6 +139,10 @@ pub fn decode(
     let number = |c: &engine::pager::Choice| first[c.layer as usize] + c.expert as usize;
     let all = ideal(&sizes, before.iter().chain(&trace).map(number), capacity);
     let warmed = ideal(&sizes, before.iter().map(number), capacity);
+    let mut uses = vec![0u64; sizes.len()];
+    trace.iter().for_each(|c| uses[number(c)] += 1);
+    uses.sort_unstable_by(|a, b| b.cmp(a));
+    let (hottest, total) = (uses[..uses.len() / 10].iter().sum::<u64>(), uses.iter().sum::<u64>());
     Ok(Outcome {
         tokens: done,
         seconds,
@@ -138,8 +150,61 @@ pub fn decode(
         faults: used.major_faults,
         ideal: Some(all - warmed),
         chosen: Some(trace.iter().map(|c| sizes[number(c)] as u64).sum()),
+        hot: (total > 0).then(|| hottest as f64 / total as f64),
         ..Default::default()
     })
+}
+
+/// Seconds per token of a model that is wholly in memory, with the pager and without, round by round: both loaded, decoding the
+/// same tokens in turns.
+pub fn cost(path: &Path, threads: usize, tokens: usize, rounds: usize) -> Result<Vec<(f64, f64)>> {
+    let open = |off: bool| -> Result<Session> {
+        let pager = PagerOptions { off, ..Default::default() };
+        let model = Model::load(path, &LoadOptions { threads, pager, ..Default::default() })?;
+        Ok(Session::new(&model, &SessionOptions { ctx: tokens, batch: 64, ..Default::default() })?)
+    };
+    let (mut with, mut without) = (open(false)?, open(true)?);
+    let run = |s: &mut Session| -> Result<f64> {
+        s.truncate(0);
+        let (start, n_vocab) = (Instant::now(), s.model().info().n_vocab);
+        for i in 0..tokens {
+            s.eval(&[token(i, n_vocab)])?;
+        }
+        Ok(start.elapsed().as_secs_f64() / tokens as f64)
+    };
+    let mut all = Vec::new();
+    // The first round reads the file.
+    for round in 0..=rounds {
+        let pair = match round % 2 {
+            0 => (run(&mut with)?, run(&mut without)?),
+            _ => {
+                let second = run(&mut without)?;
+                (run(&mut with)?, second)
+            }
+        };
+        all.extend((round > 0).then_some(pair));
+    }
+    Ok(all)
+}
+
+/// Makes routers prefer some experts: the rows of the one at rank r, in an order of each layer's own, are scaled by
+/// (1 + r)^-exponent, so that the largest logits are more often those of the first ranks.
+pub fn skew(path: &Path, exponent: f32) -> Result<()> {
+    let file = File::open(path, OpenMode::Read)?;
+    let mut out = std::fs::OpenOptions::new().write(true).open(path)?;
+    for (layer, t) in file.tensors().iter().filter(|t| t.name.contains("ffn_gate_inp.weight")).enumerate() {
+        let experts = t.dims.get(1).copied().unwrap_or(1) as usize;
+        let bytes = file.bytes(t);
+        let mut rows: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let width = rows.len() / experts.max(1);
+        for (e, row) in rows.chunks_exact_mut(width.max(1)).enumerate() {
+            let rank = (e * 37 + layer * 11) % experts;
+            row.iter_mut().for_each(|x| *x *= (1.0 + rank as f32).powf(-exponent));
+        }
+        out.seek(SeekFrom::Start(t.offset))?;
+        out.write_all(&rows.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())?;
+    }
+    Ok(out.sync_all()?)
 }
 
 /// Drops the file from the page cache.
@@ -152,9 +217,9 @@ pub fn forget(path: &Path) -> Result<()> {
 }
 
 /// The table.
-pub fn markdown(rows: &[Row]) -> String {
-    let mut t = String::from(
-        "| limit | rsinfer t/s | llama.cpp t/s | ratio | rsinfer MB/token | ideal LRU MB/token | ratio | llama.cpp MB/token |\n\
+pub fn markdown(rows: &[Row], other: &str) -> String {
+    let mut t = format!(
+        "| limit | rsinfer t/s | {other} t/s | ratio | rsinfer MB/token | ideal LRU MB/token | ratio | {other} MB/token |\n\
          | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     let ok = |o: &Option<Outcome>| o.clone().filter(|o| !o.killed && !o.failed);

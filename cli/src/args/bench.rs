@@ -1,5 +1,6 @@
 //! Arguments of `bench`: llama-bench's, every number a list (`a,b`) or range (`first-last+step`, `first-last*factor`).
 
+use super::place::PlacementArgs;
 use super::shared::{KvArg, MemoryArgs, cores, parse_cache_type};
 use crate::cmd::bench::{Config, Format, Setup, Test};
 use crate::model::Source;
@@ -64,6 +65,8 @@ pub struct BenchArgs {
     kv: KvArg,
     #[command(flatten)]
     memory: MemoryArgs,
+    #[command(flatten)]
+    place: PlacementArgs,
     /// Show progress on stderr
     #[arg(long, short)]
     verbose: bool,
@@ -82,6 +85,7 @@ impl BenchArgs {
         if self.parallel.0.iter().any(|n| !(1..=65536).contains(n)) {
             super::usage("bench", "--parallel must be from 1 to 65536");
         }
+        self.place.resolve().on_cpu()?;
         let mut setups = Vec::new();
         for model in self.models.iter().chain(&self.more) {
             let source = Source::named(model)?;

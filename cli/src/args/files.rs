@@ -36,7 +36,7 @@ pub struct LogitsArgs {
 impl LogitsArgs {
     pub fn resolve(self) -> Result<logits::Config> {
         Ok(logits::Config {
-            load: self.load.resolve(self.model.source()?),
+            load: self.load.resolve(self.model.source()?)?,
             session: self.cache.session(None, self.batch.get(), DType::F32),
             tokens_file: self.tokens_file,
             out: self.out,
@@ -222,7 +222,7 @@ impl PerplexityArgs {
             (None, Some(file)) => Mode::Perplexity { text: text::read_prompt_file(&file)? },
         };
         Ok(perplexity::Config {
-            load: self.load.resolve(self.model.source()?),
+            load: self.load.resolve(self.model.source()?)?,
             session: self.cache.session(Some(n_ctx), self.batch.get(), DType::F16),
             n_ctx,
             chunks: self.chunks.try_into().ok(),

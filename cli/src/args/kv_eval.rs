@@ -149,7 +149,7 @@ impl KvEvalArgs {
         let judge = self.judge.unwrap_or(if source == Source::Demo { Judge::Exact } else { Judge::Contains });
         let batch = self.batch_size as usize;
         Ok(Config::Eval(Box::new(Eval {
-            load: self.load.resolve(source),
+            load: self.load.resolve(source)?,
             session: self.cache.session(None, batch, DType::F16),
             policies: plan::policies(&self.policies)?,
             budgets: plan::budgets(&self.budgets)?,

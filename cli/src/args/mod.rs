@@ -5,6 +5,7 @@ mod argv;
 mod bench;
 mod files;
 mod kv_eval;
+mod place;
 mod plan;
 mod run;
 mod serve;
@@ -31,6 +32,8 @@ use clap::{CommandFactory, Parser, Subcommand};
         rsinfer plan model.gguf -c 32768              where every byte would go\n  \
         rsinfer bench model.gguf -p 512 -n 128        how fast it runs here\n\n\
         `rsinfer COMMAND --help` explains a command.",
+    // The flags that an error offers are pasted behind those given: the last one counts.
+    args_override_self = true,
     arg_required_else_help = true,
     disable_help_subcommand = true
 )]
@@ -67,7 +70,7 @@ pub fn parse() -> Result<Command> {
     let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
     Ok(match cli.command {
         Sub::Run(a) => Command::Run(Box::new(a.resolve()?)),
-        Sub::Serve(a) => Command::Serve(Box::new(a.resolve())),
+        Sub::Serve(a) => Command::Serve(Box::new(a.resolve()?)),
         Sub::Logits(a) => Command::Logits(a.resolve()?),
         Sub::Tokenize(a) => Command::Tokenize(a.resolve()?),
         Sub::Template(a) => Command::Template(a.resolve()?),

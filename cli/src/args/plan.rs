@@ -1,12 +1,12 @@
-//! Arguments of `plan`, and those of placement and fitting that other commands share.
+//! Arguments of `plan`.
 
 use super::shared::{BatchArg, CacheArgs, LoadArgs, ModelArgs, size};
 use crate::cmd::plan::Config;
-use crate::model::Placement;
+use crate::gpus;
+use crate::store::parameters::Parameters;
 use clap::Args;
 use engine::DType;
-use engine::plan::{Device, Gpu};
-use regex::Regex;
+use engine::plan::Gpu;
 
 /// Show where every byte would go, before anything is loaded
 #[derive(Args)]
@@ -35,11 +35,10 @@ pub struct PlanArgs {
     /// Memory of the host, such as 16GiB [default: what this machine has left, control groups counted]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
-    /// GPUs by their memory, such as 24GiB,8GiB(display); those with a display are left out unless named by a rule
+    /// GPUs by their memory, such as 24GiB,8GiB(display), or `auto`: those of this machine that CUDA_VISIBLE_DEVICES shows, with
+    /// what they have left. Those with a display are left out unless a rule names them
     #[arg(long, value_name = "SIZE,...", value_delimiter = ',', value_parser = gpu)]
-    gpu: Vec<Gpu>,
-    #[command(flatten)]
-    place: PlacementArgs,
+    gpu: Vec<GpuArg>,
     /// Change what must change to fit, and say what
     #[arg(long)]
     fit: bool,
@@ -48,76 +47,45 @@ pub struct PlanArgs {
     json: bool,
 }
 
-/// What goes to which device.
-#[derive(Args)]
-#[command(next_help_heading = "Placement")]
-pub struct PlacementArgs {
-    /// Layers on GPUs, from the last; the output counts as one (-ngl) [default: as many as fit]
-    #[arg(long, alias = "num-gpu", value_name = "N")]
-    gpu_layers: Option<usize>,
-    /// Use this GPU alone (counted from 0)
-    #[arg(long, value_name = "I")]
-    main_gpu: Option<usize>,
-    /// Shares of the GPUs [default: by size]
-    #[arg(long, value_name = "X,...", value_delimiter = ',')]
-    tensor_split: Vec<f64>,
-    /// Keep all routed experts on the CPU
-    #[arg(long)]
-    cpu_moe: bool,
-    /// Keep the routed experts of the first N layers on the CPU
-    #[arg(long, value_name = "N", conflicts_with = "cpu_moe")]
-    n_cpu_moe: Option<usize>,
-    /// Tensors whose names match a regular expression go to CPU, GPU0, GPU1 ... (-ot; repeatable)
-    #[arg(long, value_name = "PATTERN=DEVICE", value_parser = rule)]
-    override_tensor: Vec<(Regex, Device)>,
-}
-
-impl PlacementArgs {
-    pub fn resolve(self) -> Placement {
-        Placement {
-            gpu_layers: self.gpu_layers,
-            main_gpu: self.main_gpu,
-            split: self.tensor_split,
-            cpu_moe: if self.cpu_moe { Some(usize::MAX) } else { self.n_cpu_moe },
-            tensors: self.override_tensor,
-        }
-    }
+/// `--gpu`.
+#[derive(Clone, Debug, PartialEq)]
+enum GpuArg {
+    Auto,
+    Given(Gpu),
 }
 
 impl PlanArgs {
     pub fn resolve(self) -> anyhow::Result<Config> {
-        let load = self.load.resolve(self.model.source()?);
+        let (load, place) = self.load.placed(&Parameters::default(), self.model.source()?);
+        let mut gpus = Vec::new();
+        for g in self.gpu {
+            match g {
+                GpuArg::Auto => gpus.extend(gpus::here()?),
+                GpuArg::Given(g) => gpus.push(g),
+            }
+        }
         Ok(Config {
             session: self.cache.session(self.ctx_size, self.batch.get(), DType::F16),
             load,
             parallel: self.parallel as usize,
             memory: self.memory,
-            gpus: self.gpu,
-            place: self.place.resolve(),
+            gpus,
+            place,
             fit: self.fit,
             json: self.json,
         })
     }
 }
 
-fn gpu(s: &str) -> Result<Gpu, String> {
+fn gpu(s: &str) -> Result<GpuArg, String> {
+    if s.trim() == "auto" {
+        return Ok(GpuArg::Auto);
+    }
     let (s, display) = match s.trim().strip_suffix("(display)") {
         Some(s) => (s, true),
         None => (s, false),
     };
-    Ok(Gpu { bytes: size(s.trim())?, display })
-}
-
-fn rule(s: &str) -> Result<(Regex, Device), String> {
-    let (pattern, device) =
-        s.rsplit_once('=').ok_or_else(|| format!("{s:?} is not of the form PATTERN=DEVICE"))?;
-    let name = device.to_ascii_lowercase();
-    let device = match name.strip_prefix("gpu").or(name.strip_prefix("cuda")).map(str::parse) {
-        None if name == "cpu" => Device::Cpu,
-        Some(Ok(i)) => Device::Gpu(i),
-        _ => return Err(format!("{device:?} is no device (CPU, GPU0, GPU1 ...)")),
-    };
-    Ok((Regex::new(pattern).map_err(|e| e.to_string())?, device))
+    Ok(GpuArg::Given(Gpu { bytes: size(s.trim())?, display }))
 }
 
 #[cfg(test)]
@@ -126,17 +94,20 @@ mod tests {
 
     #[test]
     fn sizes_and_devices() {
-        for (s, want) in
-            [("16GiB", 16 << 30), ("512M", 512 << 20), ("1.5g", 3 << 29), ("77", 77), ("2 TiB", 2 << 40)]
-        {
+        for (s, want) in [
+            ("16GiB", 16 << 30),
+            ("512M", 512 << 20),
+            ("1.5g", 3 << 29),
+            ("7700000", 7_700_000),
+            ("2 TiB", 2 << 40),
+            ("0", 0),
+        ] {
             assert_eq!(size(s), Ok(want), "{s}");
         }
-        for s in ["", "x", "12 apples", "1e9GiB", "-1", "99999999TiB"] {
+        for s in ["", "x", "24", "12 apples", "1e9GiB", "-1", "99999999TiB"] {
             assert!(size(s).is_err(), "{s}");
         }
-        assert_eq!(gpu("8GiB(display)"), Ok(Gpu { bytes: 8 << 30, display: true }));
-        assert_eq!(rule("exps=CPU").unwrap().1, Device::Cpu);
-        assert_eq!(rule("a=b=gpu1").unwrap().1, Device::Gpu(1));
-        assert!(rule("x=TPU").is_err() && rule("(=CPU").is_err() && rule("x").is_err());
+        assert_eq!(gpu("8GiB(display)"), Ok(GpuArg::Given(Gpu { bytes: 8 << 30, display: true })));
+        assert_eq!(gpu(" auto"), Ok(GpuArg::Auto));
     }
 }

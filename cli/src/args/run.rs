@@ -1,6 +1,5 @@
 //! Arguments of `run`.
 
-use super::plan::PlacementArgs;
 use super::shared::{BatchArg, CacheArgs, LoadArgs, SamplingArgs};
 use crate::cmd::run::{ChatConfig, RunConfig};
 use crate::serve::constrain::Format;
@@ -54,8 +53,6 @@ pub struct RunArgs {
     load: LoadArgs,
     #[command(flatten)]
     cache: CacheArgs,
-    #[command(flatten)]
-    place: PlacementArgs,
     /// Where memory is short, choose smaller sizes that fit, and say which
     #[arg(long)]
     fit: bool,
@@ -145,10 +142,9 @@ impl RunArgs {
             session.kv = session.kv.recording(trace::needs());
         }
         let format = self.format.as_deref().map(read_format).transpose()?;
-        self.place.resolve().on_cpu()?;
         Ok(RunConfig {
             fit: self.fit,
-            load: self.load.resolve_of(stored, entry.source),
+            load: self.load.resolve_of(stored, entry.source)?,
             session,
             sampler: self.sampling.resolve(stored),
             generate: GenerateOptions {

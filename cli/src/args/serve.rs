@@ -3,6 +3,7 @@
 use super::shared::{LoadArgs, cores, parse_cache_type};
 use crate::serve::config::Config;
 use crate::serve::duration::{KeepAlive, go_seconds};
+use anyhow::Result;
 use clap::Args;
 use engine::{DType, KvSpec};
 use std::path::PathBuf;
@@ -114,7 +115,7 @@ fn address(s: &str) -> String {
 }
 
 impl ServeArgs {
-    pub fn resolve(self) -> Config {
+    pub fn resolve(self) -> Result<Config> {
         let mut host = address(&self.host.or_else(|| var("OLLAMA_HOST")).unwrap_or_default());
         if let (Some(port), Some((h, _))) = (self.port, host.rsplit_once(':')) {
             host = format!("{h}:{port}");
@@ -136,8 +137,8 @@ impl ServeArgs {
         let timeout = parsed("OLLAMA_LOAD_TIMEOUT", |s| s.parse().ok().or_else(|| go_seconds(s)));
         let timeout = timeout.map_or(Some(300.0), |t| (t > 0.0).then_some(t.min(1e9)));
         let debug = |s: &str| s.parse::<bool>().map(u8::from).or_else(|_| s.parse()).ok().or(Some(1));
-        let threads = self.load.resolve(crate::model::Source::Demo);
-        Config {
+        let threads = self.load.resolve(crate::model::Source::Demo)?;
+        Ok(Config {
             host,
             models: self.model,
             threads: if threads.threads == 0 { cores() } else { threads.threads },
@@ -163,7 +164,7 @@ impl ServeArgs {
                 .map(|s| s.split(',').map(|o| o.trim().to_owned()).filter(|o| !o.is_empty()).collect())
                 .unwrap_or_default(),
             debug: parsed("OLLAMA_DEBUG", debug).unwrap_or(0),
-        }
+        })
     }
 }
 

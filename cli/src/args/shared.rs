@@ -1,6 +1,7 @@
 //! Groups of options that several commands share, and how their values are read.
 
-use crate::model::{LoadConfig, MemoryConfig, SessionConfig, Source};
+use super::place::PlacementArgs;
+use crate::model::{LoadConfig, MemoryConfig, Placement, SessionConfig, Source};
 use crate::store::parameters::Parameters;
 use anyhow::Result;
 use clap::Args;
@@ -33,16 +34,21 @@ pub struct LoadArgs {
     threads: Option<u16>,
     #[command(flatten)]
     memory: MemoryArgs,
+    #[command(flatten)]
+    place: PlacementArgs,
 }
 
 /// How weights get into memory, and stay there.
 #[derive(Args)]
 pub struct MemoryArgs {
+    /// Map the file: pages are read when they are used (the default)
+    #[arg(long, overrides_with_all = ["no_mmap", "mlock"])]
+    mmap: bool,
     /// Read the file into memory instead of mapping it
-    #[arg(long, conflicts_with = "mlock")]
+    #[arg(long, conflicts_with = "mlock", overrides_with = "mmap")]
     no_mmap: bool,
     /// Keep the mapped file in memory, all of it
-    #[arg(long, alias = "use-mlock")]
+    #[arg(long, alias = "use-mlock", overrides_with = "mmap")]
     mlock: bool,
     /// Of a model larger than memory keep the experts used most, so many bytes of them (4GiB)
     #[arg(long, default_value = "0", value_name = "SIZE", value_parser = size, conflicts_with_all = ["no_mmap", "mlock"])]
@@ -73,14 +79,23 @@ fn numa(s: &str) -> Result<Numa, String> {
 }
 
 impl LoadArgs {
-    pub fn resolve(&self, source: Source) -> LoadConfig {
+    /// # Errors
+    /// What only a GPU could do.
+    pub fn resolve(self, source: Source) -> Result<LoadConfig> {
         self.resolve_of(&Parameters::default(), source)
     }
 
     /// As [`LoadArgs::resolve`]; what the command line leaves out is what a stored model says.
-    pub fn resolve_of(&self, p: &Parameters, source: Source) -> LoadConfig {
+    pub fn resolve_of(self, p: &Parameters, source: Source) -> Result<LoadConfig> {
+        let (load, place) = self.placed(p, source);
+        place.on_cpu()?;
+        Ok(load)
+    }
+
+    /// The same for plans, which know GPUs.
+    pub fn placed(self, p: &Parameters, source: Source) -> (LoadConfig, Placement) {
         let mut memory = self.memory.resolve();
-        if memory.access == Access::Mapped {
+        if memory.access == Access::Mapped && !self.memory.mmap {
             memory.access = match (p.boolean("use_mmap"), p.boolean("use_mlock")) {
                 (Some(false), _) => Access::Read,
                 (_, Some(true)) => Access::Locked,
@@ -90,7 +105,7 @@ impl LoadArgs {
         let stored =
             p.int("num_thread").and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1024).contains(n));
         let threads = self.threads.map(usize::from).or(stored).unwrap_or_else(cores);
-        LoadConfig { source, memory, threads }
+        (LoadConfig { source, memory, threads }, self.place.resolve())
     }
 }
 
@@ -108,6 +123,9 @@ pub fn size(s: &str) -> Result<u64, String> {
         _ => return Err(wrong()),
     };
     let bytes = number * (1u64 << shift) as f64;
+    if unit.is_empty() && bytes > 0.0 && bytes < (1u64 << 20) as f64 {
+        return Err(format!("{s} is so many bytes: do you mean {s}GiB?"));
+    }
     if bytes < (1u64 << 60) as f64 { Ok(bytes as u64) } else { Err(wrong()) }
 }
 

@@ -216,6 +216,9 @@ pub fn refusal(f: &Fit) -> String {
         .collect();
     let short = format!("it does not fit: {}", short.join("; "));
     if f.ways.is_empty() {
+        if f.plan.devices[0].shortfall() == 0 {
+            return format!("{short}. Only other rules for GPUs would fit (-ot, --main-gpu, --tensor-split)");
+        }
         let host = f.plan.devices[0].size;
         return match f.least <= host {
             true => {

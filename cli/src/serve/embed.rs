@@ -76,6 +76,9 @@ impl App {
             if ids.is_empty() {
                 return Err(Failure::field("input", "a text without tokens cannot be embedded"));
             }
+            let bytes =
+                Embedding::bytes(&lease.loaded.worker.model(), ids.len()).map_err(Failure::internal)?;
+            let _memory = self.models.lend(bytes)?;
             let mut vector = one(&lease.loaded.worker, ids, pooling).await?;
             if let Some(n) = dimensions {
                 vector.truncate(n);

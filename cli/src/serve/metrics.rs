@@ -1,6 +1,6 @@
 //! Prometheus metrics of the process. Knows nothing of who records them.
 
-use crate::memory::{Resident, page_faults};
+use engine::Usage;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// See the module.
@@ -29,13 +29,12 @@ impl Metrics {
 
     /// The text that Prometheus reads; llama-server's names for what it has too.
     pub fn render(&self) -> String {
-        if let Some(r) = Resident::now() {
-            metrics::gauge!("rsinfer_memory_bytes", "kind" => "anonymous").set(r.anon as f64);
-            metrics::gauge!("rsinfer_memory_bytes", "kind" => "file").set(r.file as f64);
-        }
-        if let Some((minor, major)) = page_faults() {
-            metrics::counter!("rsinfer_page_faults_total", "kind" => "minor").absolute(minor);
-            metrics::counter!("rsinfer_page_faults_total", "kind" => "major").absolute(major);
+        if let Some(u) = Usage::now() {
+            metrics::gauge!("rsinfer_memory_bytes", "kind" => "anonymous").set(u.resident_anon as f64);
+            metrics::gauge!("rsinfer_memory_bytes", "kind" => "file").set(u.resident_file as f64);
+            metrics::counter!("rsinfer_page_faults_total", "kind" => "minor").absolute(u.minor_faults);
+            metrics::counter!("rsinfer_page_faults_total", "kind" => "major").absolute(u.major_faults);
+            metrics::counter!("rsinfer_disk_read_bytes_total").absolute(u.disk_read);
         }
         self.0.run_upkeep();
         let mut text = self.0.render();

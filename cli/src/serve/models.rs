@@ -30,6 +30,21 @@ pub struct Models {
     /// A model has become idle, or is gone.
     changed: Notify,
     waiting: AtomicUsize,
+    /// Bytes promised to embeddings under way.
+    lent: Mutex<u64>,
+}
+
+/// Memory promised beside the models' own.
+pub struct Loan {
+    bytes: u64,
+    models: Arc<Models>,
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        *self.models.lent() -= self.bytes;
+        self.models.changed.notify_waiters();
+    }
 }
 
 /// A model that is being loaded.
@@ -146,6 +161,7 @@ impl Models {
             now: Mutex::default(),
             changed: Notify::new(),
             waiting: AtomicUsize::new(0),
+            lent: Mutex::default(),
         });
         let weak = Arc::downgrade(&models);
         tokio::spawn(async move {
@@ -342,11 +358,7 @@ impl Models {
             threads: load.threads,
         };
         options.session.kv = self.keep(wish, ctx);
-        let own = Resident::now().map_or(0, |r| r.anon);
-        let promised = |all: &[Arc<Loaded>]| all.iter().map(|l| l.resident).sum::<u64>();
-        let held = own.min(promised(&self.list()));
-        let memory = available_memory().map_or(u64::MAX, |m| (m + held).saturating_sub(promised(others)));
-        let machine = Machine { memory, gpus: Vec::new() };
+        let machine = Machine { memory: self.room(others, *self.lent()), gpus: Vec::new() };
         let invalid = |e: engine::EngineError| Failure::invalid(e.to_string());
         let found = fit(headers, &options, &machine, &Rules::default()).map_err(invalid)?;
         // Smaller sizes, where none was asked for.
@@ -368,6 +380,34 @@ impl Models {
             }
         };
         Ok((options.session, plan.devices[0].clone()))
+    }
+
+    /// Bytes left when `others` and embeddings have all that they were promised.
+    fn room(&self, others: &[Arc<Loaded>], lent: u64) -> u64 {
+        let own = Resident::now().map_or(0, |r| r.anon);
+        let promised = |all: &[Arc<Loaded>]| lent + all.iter().map(|l| l.resident).sum::<u64>();
+        let held = own.min(promised(&self.list()));
+        available_memory().map_or(u64::MAX, |m| (m + held).saturating_sub(promised(others)))
+    }
+
+    fn lent(&self) -> std::sync::MutexGuard<'_, u64> {
+        self.lent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory beside the models' own, for as long as the loan lives.
+    ///
+    /// # Errors
+    /// There is not so much left.
+    pub fn lend(self: &Arc<Self>, bytes: u64) -> Result<Loan, Failure> {
+        let mut lent = self.lent();
+        let room = self.room(&self.list(), *lent);
+        if bytes > room {
+            return Err(Failure::Unavailable(format!(
+                "embedding this text takes {bytes} bytes of memory, {room} are left: try again later, or a shorter text"
+            )));
+        }
+        *lent += bytes;
+        Ok(Loan { bytes, models: self.clone() })
     }
 
     /// What the cache keeps. The beginning stays, and of the rest the latest; how much the beginning is, each request says
@@ -511,5 +551,36 @@ mod tests {
         let e = File::open_with(file.path(), OpenMode::Read, &now.progress).unwrap_err();
         assert!(e.to_string().contains("given up"), "{e}");
         watched(async {}, &loading(), None).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_lent_is_taken_until_it_comes_back() {
+        let models = Models::new(Arc::new(Config {
+            host: String::new(),
+            models: Vec::new(),
+            threads: 1,
+            memory: Default::default(),
+            ctx: None,
+            batch: 1,
+            chunk: 1,
+            cache_k: engine::DType::F16,
+            cache_v: engine::DType::F16,
+            cache_k_pe: None,
+            kv: None,
+            parallel: 1,
+            keep_alive: KeepAlive(None),
+            max_queue: 1,
+            max_loaded: 1,
+            load_timeout: None,
+            api_key: None,
+            origins: Vec::new(),
+            debug: 0,
+        }));
+        // Half of it and three quarters, so that what others do meanwhile makes no difference.
+        let room = models.room(&[], 0);
+        let loan = models.lend(room / 2).expect("there is so much");
+        assert!(models.lend(room / 4 * 3).is_err());
+        drop(loan);
+        assert!(models.lend(room / 4 * 3).is_ok());
     }
 }

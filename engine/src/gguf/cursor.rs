@@ -1,11 +1,27 @@
 //! Reads little-endian numbers, strings and metadata values off a byte slice, never past its end, and reserves no memory
-//! that the bytes left do not justify. Knows the encoding of values; nothing of keys, tensors or files.
+//! that the bytes left do not justify; memory that cannot be had is an error. Knows the encoding of values; nothing of keys,
+//! tensors or files.
 
 use super::error::{ErrorKind, shown};
 use super::value::{Array, Value};
 
 /// Arrays may nest this deep; real files use one level, the format sets no limit, the stack does.
 const MAX_NESTING: usize = 8;
+
+/// Bytes of a key, by the format; here of a tensor's name too, which it limits to 64 (not all programs do).
+const MOST_NAME: u64 = 65535;
+
+/// An empty list with room for `n` entries.
+pub(super) fn room<T>(n: usize) -> Result<Vec<T>, ErrorKind> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(n).map_err(|_| no_room::<T>(n))?;
+    Ok(list)
+}
+
+/// The error where there is no memory for `n` entries.
+pub(super) fn no_room<T>(n: usize) -> ErrorKind {
+    ErrorKind::HeaderMemory { bytes: n.saturating_mul(size_of::<T>()) as u64 }
+}
 
 /// A position in a byte slice.
 pub(super) struct Cursor<'a> {
@@ -88,10 +104,21 @@ impl<'a> Cursor<'a> {
         let n = self.u64(what)?;
         let n = self.count(n, 1, || format!("the length of a string in {what}"))?;
         let raw = self.take(n as u64, what)?;
-        match std::str::from_utf8(raw) {
-            Ok(s) => Ok(s.to_owned()),
-            Err(_) => Err(ErrorKind::Utf8 { what: what.to_string() }),
+        let text = std::str::from_utf8(raw).map_err(|_| ErrorKind::Utf8 { what: what.to_string() })?;
+        let mut string = String::new();
+        string.try_reserve_exact(n).map_err(|_| no_room::<u8>(n))?;
+        string.push_str(text);
+        Ok(string)
+    }
+
+    /// A key or the name of a tensor.
+    pub(super) fn name(&mut self, what: What) -> Result<String, ErrorKind> {
+        let name = self.string(what)?;
+        let len = name.len() as u64;
+        if len > MOST_NAME {
+            return Err(ErrorKind::NameLength { what: what.to_string(), len, most: MOST_NAME });
         }
+        Ok(name)
     }
 
     /// A value: its type id, then its bytes.
@@ -133,7 +160,7 @@ impl<'a> Cursor<'a> {
         Ok(match id {
             STRING => {
                 let n = self.count(n, 8, length)?;
-                let mut v = Vec::with_capacity(n);
+                let mut v = room(n)?;
                 for _ in 0..n {
                     v.push(self.string(what)?);
                 }
@@ -141,7 +168,7 @@ impl<'a> Cursor<'a> {
             }
             ARRAY => {
                 let n = self.count(n, 12, length)?;
-                let mut v = Vec::with_capacity(n);
+                let mut v = room(n)?;
                 for _ in 0..n {
                     v.push(self.array(key, depth + 1)?);
                 }
@@ -159,14 +186,15 @@ impl<'a> Cursor<'a> {
     fn scalars(&mut self, key: &str, id: u32, n: usize, size: u64) -> Result<Array, ErrorKind> {
         let raw = self.take(n as u64 * size, What::Key(key))?;
         macro_rules! list {
-            ($t:ty) => {
-                raw.chunks_exact(size_of::<$t>())
-                    .map(|c| <$t>::from_le_bytes(c.try_into().expect("exact")))
-                    .collect()
-            };
+            ($t:ty) => {{
+                let mut list = room(n)?;
+                let values = raw.chunks_exact(size_of::<$t>());
+                list.extend(values.map(|c| <$t>::from_le_bytes(c.try_into().expect("exact"))));
+                list
+            }};
         }
         Ok(match id {
-            0 => Array::U8(raw.to_vec()),
+            0 => Array::U8(list!(u8)),
             1 => Array::I8(list!(i8)),
             2 => Array::U16(list!(u16)),
             3 => Array::I16(list!(i16)),
@@ -177,7 +205,9 @@ impl<'a> Cursor<'a> {
                 if let Some(&found) = raw.iter().find(|&&b| b > 1) {
                     return Err(ErrorKind::Bool { key: shown(key), found });
                 }
-                Array::Bool(raw.iter().map(|&b| b == 1).collect())
+                let mut list = room(n)?;
+                list.extend(raw.iter().map(|&b| b == 1));
+                Array::Bool(list)
             }
             10 => Array::U64(list!(u64)),
             11 => Array::I64(list!(i64)),

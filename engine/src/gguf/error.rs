@@ -82,6 +82,16 @@ pub enum ErrorKind {
         /// Bytes after it.
         left: u64,
     },
+    /// A key or a tensor's name longer than the format allows keys to be.
+    #[error("{what} is {len} bytes long; {most} are possible")]
+    NameLength {
+        /// Which name.
+        what: String,
+        /// Its length.
+        len: u64,
+        /// The format's limit.
+        most: u64,
+    },
     /// A string that is not UTF-8.
     #[error("{what} is not valid UTF-8")]
     Utf8 {
@@ -233,6 +243,18 @@ pub enum ErrorKind {
     Memory {
         /// Bytes asked for.
         bytes: u64,
+    },
+    /// A header larger than the memory that is left.
+    #[error("cannot allocate {bytes} bytes for its header")]
+    HeaderMemory {
+        /// Bytes asked for.
+        bytes: u64,
+    },
+    /// The system's table of maps, or this program's, is full.
+    #[error("cannot be mapped: {most} files are, and more are not watched over; read it instead (--no-mmap)")]
+    TooManyMaps {
+        /// Files that can be mapped at a time.
+        most: usize,
     },
     /// Something shortened or wrote to the file while it was mapped.
     #[error(

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use kernels::HostBytes;
 
+use super::cursor::no_room;
 use super::error::{ErrorKind, GgufError, shown};
 use super::header::{self, Header};
 pub use super::mmap::Access;
-use super::mmap::{Damage, Map};
+use super::mmap::{Damage, MOST_MAPS, Map};
 use super::progress::Progress;
 use super::split::{self, SplitName};
 use super::tensor::TensorInfo;
@@ -166,6 +167,9 @@ impl File {
             if i == 0 {
                 file.metadata = header.metadata;
             }
+            let n = header.tensors.len();
+            let reserved = file.index.try_reserve(n).and_then(|()| file.tensors.try_reserve(n));
+            reserved.map_err(|_| GgufError::new(&part.path, no_room::<TensorInfo>(n)))?;
             for mut t in header.tensors {
                 t.part = i;
                 if file.index.insert(t.name.clone(), file.tensors.len()).is_some() {
@@ -357,14 +361,14 @@ fn read_part(path: &Path, mode: Option<OpenMode>, progress: &Progress) -> Result
     }
     let part = match mode {
         None => {
-            let header = header::parse_alone(Map::new(&file)?.as_ref())?;
+            let header = header::parse_alone(map(&file)?.as_ref())?;
             return Ok((
                 header,
                 Part { path: path.into(), bytes: HostBytes::from_vec(Vec::new()), map: None },
             ));
         }
         Some(OpenMode::Mmap) => {
-            let map = Arc::new(Map::new(&file)?);
+            let map = Arc::new(map(&file)?);
             let len = (*map).as_ref().len();
             let bytes = HostBytes::new(map.clone(), 0..len).expect("the whole map");
             Part { path: path.into(), bytes, map: Some(map) }
@@ -390,6 +394,10 @@ fn read_part(path: &Path, mode: Option<OpenMode>, progress: &Progress) -> Result
         }
     };
     Ok((header::parse(&part.bytes)?, part))
+}
+
+fn map(file: &fs::File) -> Result<Map, ErrorKind> {
+    Map::new(file)?.ok_or(ErrorKind::TooManyMaps { most: MOST_MAPS })
 }
 
 /// A cache line: buffers made of them give tensors the alignment they have in the file.

@@ -5,10 +5,10 @@ use std::collections::HashSet;
 
 use quant::DType;
 
-use super::cursor::{Cursor, What};
+use super::cursor::{Cursor, What, no_room, room};
 use super::error::{ErrorKind, shown};
 use super::tensor::TensorInfo;
-use super::value::Metadata;
+use super::value::{Metadata, Value};
 
 /// The alignment of files that do not set `general.alignment`.
 pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
@@ -56,8 +56,9 @@ fn parse_of(file: &[u8], len: u64) -> Result<Header, ErrorKind> {
     let n_tensors = c.count(n_tensors, 8 + 4 + 8 + 4 + 8, || "the number of tensors".into())?;
 
     let mut metadata = Metadata::default();
+    metadata.try_reserve(n_keys).map_err(|_| no_room::<(String, Value)>(n_keys))?;
     for i in 0..n_keys {
-        let key = c.string(What::KeyName(i as u64))?;
+        let key = c.name(What::KeyName(i as u64))?;
         let value = c.value(&key)?;
         if !metadata.insert(&key, value) {
             return Err(ErrorKind::DuplicateKey { key: shown(&key) });
@@ -66,14 +67,14 @@ fn parse_of(file: &[u8], len: u64) -> Result<Header, ErrorKind> {
     let alignment = metadata.u64(KEY_ALIGNMENT)?.unwrap_or(DEFAULT_ALIGNMENT);
     check_alignment(alignment)?;
 
-    let mut tensors = Vec::with_capacity(n_tensors);
-    let mut names = HashSet::with_capacity(n_tensors);
+    let mut tensors = room(n_tensors)?;
     for i in 0..n_tensors {
-        let t = tensor(&mut c, i as u64, alignment)?;
-        if !names.insert(t.name.clone()) {
-            return Err(ErrorKind::DuplicateTensor { tensor: shown(&t.name) });
-        }
-        tensors.push(t);
+        tensors.push(tensor(&mut c, i as u64, alignment)?);
+    }
+    let mut names = HashSet::new();
+    names.try_reserve(n_tensors).map_err(|_| no_room::<&str>(n_tensors))?;
+    if let Some(t) = tensors.iter().find(|t: &&TensorInfo| !names.insert(t.name.as_str())) {
+        return Err(ErrorKind::DuplicateTensor { tensor: shown(&t.name) });
     }
 
     place(&mut tensors, (c.position() as u64).next_multiple_of(alignment), len)?;
@@ -90,7 +91,7 @@ pub(super) fn check_alignment(alignment: u64) -> Result<(), ErrorKind> {
 
 /// One description; `offset` is still relative to the data section.
 fn tensor(c: &mut Cursor, i: u64, alignment: u64) -> Result<TensorInfo, ErrorKind> {
-    let name = c.string(What::TensorName(i))?;
+    let name = c.name(What::TensorName(i))?;
     let what = What::Tensor(&name);
     let n_dims = c.u32(what)?;
     if !(1..=4).contains(&n_dims) {
@@ -140,7 +141,8 @@ fn place(tensors: &mut [TensorInfo], data: u64, len: u64) -> Result<(), ErrorKin
         }
         t.offset += data;
     }
-    let mut order: Vec<&TensorInfo> = tensors.iter().collect();
+    let mut order: Vec<&TensorInfo> = room(tensors.len())?;
+    order.extend(tensors.iter());
     order.sort_unstable_by_key(|t| t.offset);
     for pair in order.windows(2) {
         if pair[0].offset + pair[0].n_bytes > pair[1].offset {

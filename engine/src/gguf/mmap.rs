@@ -2,7 +2,8 @@
 //!
 //! A mapped file can fail when it is read: it was truncated, or its disk has an error. The system says so with a signal (SIGBUS)
 //! that ends the process. Here (on Linux) the bytes that cannot be read become zeros instead, and [`Map::check`] reports it: what
-//! was computed with them is thrown away with an error, and the process lives on.
+//! was computed with them is thrown away with an error, and the process lives on. So many files at a time ([`MOST_MAPS`]) are
+//! watched over; more are not mapped.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -36,11 +37,14 @@ pub(super) enum Damage {
     Io(io::Error),
 }
 
+/// Files that can be mapped at a time: the signal handler's table has a fixed length.
+pub(super) const MOST_MAPS: usize = 512;
+
 /// A whole file, read-only.
 pub(crate) struct Map {
     /// First, so that it is dropped before the map.
     #[cfg(target_os = "linux")]
-    guard: Option<bus::Guard>,
+    guard: bus::Guard,
     map: memmap2::Mmap,
     file: File,
     modified: Option<SystemTime>,
@@ -49,8 +53,8 @@ pub(crate) struct Map {
 }
 
 impl Map {
-    /// Maps `file`, which must not be empty.
-    pub(super) fn new(file: &File) -> io::Result<Self> {
+    /// Maps `file`, which must not be empty. `None`: [`MOST_MAPS`] are mapped already.
+    pub(super) fn new(file: &File) -> io::Result<Option<Self>> {
         let file = file.try_clone()?;
         // SAFETY: the map is read-only and private to this value, which hands out shared slices only. What cannot be
         // excluded is that another program changes or truncates the file meanwhile: as in every program that maps model
@@ -60,14 +64,16 @@ impl Map {
         // plain numbers.
         let map = unsafe { memmap2::Mmap::map(&file) }?;
         let modified = file.metadata()?.modified().ok();
-        Ok(Self {
+        #[cfg(target_os = "linux")]
+        let Some(guard) = bus::Guard::new(&map, &file) else { return Ok(None) };
+        Ok(Some(Self {
             modified,
             stride: stride(&file),
             #[cfg(target_os = "linux")]
-            guard: bus::Guard::new(&map, &file),
+            guard,
             map,
             file,
-        })
+        }))
     }
 
     /// Whether the file is still what was mapped. Cheap: one call to the system. A file that was replaced or deleted is as good
@@ -78,7 +84,7 @@ impl Map {
             return Err(Damage::Truncated);
         }
         #[cfg(target_os = "linux")]
-        if self.guard.as_ref().is_some_and(bus::Guard::hit) {
+        if self.guard.hit() {
             return Err(Damage::Unreadable);
         }
         if now.modified().ok() != self.modified { Err(Damage::Changed) } else { Ok(()) }
@@ -250,15 +256,14 @@ mod bus {
         hit: AtomicBool,
     }
 
-    /// Maps beyond these are not guarded: reading what is gone ends the process, as without a handler.
-    static SLOTS: [Slot; 512] = [const {
+    static SLOTS: [Slot; super::MOST_MAPS] = [const {
         Slot {
             start: AtomicUsize::new(0),
             end: AtomicUsize::new(0),
             fd: AtomicI32::new(-1),
             hit: AtomicBool::new(false),
         }
-    }; 512];
+    }; super::MOST_MAPS];
 
     static PAGE: AtomicUsize = AtomicUsize::new(4096);
 
@@ -272,6 +277,7 @@ mod bus {
     pub struct Guard(&'static Slot);
 
     impl Guard {
+        /// `None`: no slot is free.
         pub fn new(map: &[u8], file: &File) -> Option<Self> {
             install();
             let slot = SLOTS.iter().find(|s| s.start.compare_exchange(0, 1, AcqRel, Relaxed).is_ok())?;
@@ -376,7 +382,7 @@ mod tests {
     fn what_is_cut_off_reads_as_zeros_and_is_reported() {
         let page = page_size();
         let f = file(&vec![7; 5 * page + 9]);
-        let map = Map::new(&f).unwrap();
+        let map = Map::new(&f).unwrap().unwrap();
         assert!(map.check().is_ok());
         f.set_len(2 * page as u64 + 3).unwrap();
         assert!(matches!(map.check(), Err(Damage::Truncated)));
@@ -388,13 +394,13 @@ mod tests {
         f.set_len(5 * page as u64 + 9).unwrap();
         assert!(matches!(map.check(), Err(Damage::Unreadable)));
         let other = file(&[1; 10]);
-        assert!(Map::new(&other).unwrap().check().is_ok());
+        assert!(Map::new(&other).unwrap().unwrap().check().is_ok());
     }
 
     #[test]
     fn a_change_is_reported() {
         let mut f = file(&[7; 100]);
-        let map = Map::new(&f).unwrap();
+        let map = Map::new(&f).unwrap().unwrap();
         f.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         assert!(matches!(map.check(), Err(Damage::Changed)));
         f.write_all(&[1]).unwrap();
@@ -407,7 +413,7 @@ mod tests {
         let bytes: Vec<u8> = (0..64 * page).map(|i| (i / 7) as u8).collect();
         let f = file(&bytes);
         f.sync_all().unwrap();
-        let map = Map::new(&f).unwrap();
+        let map = Map::new(&f).unwrap().unwrap();
         assert!(map.as_ref() == bytes);
         map.advise(0..map.len(), Access::Random).unwrap();
         map.release(page + 1..50 * page);

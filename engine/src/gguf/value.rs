@@ -1,6 +1,6 @@
 //! Metadata values and typed access to them by key. Knows nothing of where they were read from.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, TryReserveError};
 
 /// A metadata value. Strings must be UTF-8.
 #[derive(Clone, Debug, PartialEq)]
@@ -157,6 +157,12 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// Makes room for `n` more pairs.
+    pub(super) fn try_reserve(&mut self, n: usize) -> Result<(), TryReserveError> {
+        self.entries.try_reserve_exact(n)?;
+        self.index.try_reserve(n)
+    }
+
     /// Adds a pair, or returns `false` (and leaves the map as it is) if the key is there already.
     pub fn insert(&mut self, key: impl Into<String>, value: Value) -> bool {
         let key = key.into();

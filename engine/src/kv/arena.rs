@@ -132,12 +132,14 @@ impl Arena {
         options: ArenaOptions,
     ) -> Result<Self, EngineError> {
         options.check()?;
-        let mut groups = Vec::new();
+        let (mut groups, mut slots) = (Vec::new(), Vec::new());
         let mut of = vec![0; specs.len()];
         for (kind, layers) in options.groups(specs) {
             layers.iter().for_each(|&l| of[l] = groups.len());
+            slots.push(options.slots(&kind)?);
             groups.push(Group {
-                pool: Pool::new(options.slots(&kind)? / BLOCK),
+                // Filled below, when there is memory for what it counts.
+                pool: Pool::new(0),
                 most: options.blocks(&kind),
                 kind,
                 layers,
@@ -151,7 +153,7 @@ impl Arena {
         }
         let mut layers = Vec::with_capacity(specs.len());
         for (s, &group) in specs.iter().zip(&of) {
-            let slots = groups[group].pool.len() * BLOCK;
+            let slots = slots[group] / BLOCK * BLOCK;
             let mut masses = Masses::default();
             if let Kind::Set(set) = &groups[group].kind {
                 let heads = set.geometry.kv_heads;
@@ -170,6 +172,7 @@ impl Arena {
             }
             layers.push(layer);
         }
+        groups.iter_mut().zip(slots).for_each(|(g, n): (&mut Group, _)| g.pool = Pool::new(n / BLOCK));
         Ok(Self {
             device: device.clone(),
             sequences: (0..options.sequences).map(|_| None).collect(),

@@ -38,7 +38,7 @@ impl Masses {
         while at < slots.len() {
             let first = slots[at] as usize;
             let run = slots[at..].iter().enumerate().take_while(|(i, s)| **s as usize == first + i).count();
-            device.write(buf.part_mut(heads, first..first + run), &vec![0.0; heads * run])?;
+            device.write(buf.part_mut(heads, first..first + run), &zeros(heads * run)?)?;
             at += run;
         }
         Ok(())
@@ -46,7 +46,7 @@ impl Masses {
 }
 
 /// `n` zeros, or an error instead of an abort: what a policy looks at can be as large as the cache of a layer.
-pub(super) fn zeros(n: usize) -> Result<Vec<f32>, EngineError> {
+pub(crate) fn zeros(n: usize) -> Result<Vec<f32>, EngineError> {
     let mut out = Vec::new();
     let fail = |_| KernelError::Memory { what: "kv policy", bytes: n.saturating_mul(4) };
     out.try_reserve_exact(n).map_err(fail)?;

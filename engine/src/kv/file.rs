@@ -372,9 +372,12 @@ fn checked(path: &Path) -> Result<u64, EngineError> {
 }
 
 fn read_u32(file: &mut impl Read, n: usize) -> std::io::Result<Vec<u32>> {
-    let mut bytes = vec![0; 4 * n];
-    file.read_exact(&mut bytes)?;
-    Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    let mut words = Vec::new();
+    words.try_reserve_exact(n)?;
+    words.resize(n, 0);
+    file.read_exact(bytemuck::cast_slice_mut(&mut words))?;
+    words.iter_mut().for_each(|w| *w = u32::from_le(*w));
+    Ok(words)
 }
 
 fn read_f32(file: &mut impl Read, n: usize) -> std::io::Result<Vec<f32>> {
@@ -383,5 +386,8 @@ fn read_f32(file: &mut impl Read, n: usize) -> std::io::Result<Vec<f32>> {
 
 fn read_u64(file: &mut impl Read, n: usize) -> std::io::Result<Vec<u64>> {
     let words = read_u32(file, 2 * n)?;
-    Ok(words.chunks_exact(2).map(|w| u64::from(w[0]) | u64::from(w[1]) << 32).collect())
+    let mut all = Vec::new();
+    all.try_reserve_exact(n)?;
+    all.extend(words.chunks_exact(2).map(|w| u64::from(w[0]) | u64::from(w[1]) << 32));
+    Ok(all)
 }

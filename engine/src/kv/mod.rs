@@ -57,6 +57,7 @@ mod step;
 mod vector;
 
 pub use arena::{Arena, Eviction, SeqId, Watcher};
+pub(crate) use evict::zeros;
 pub(crate) use file::Origin;
 pub use geometry::CacheTypes;
 pub(crate) use geometry::{LayerSpec, SecondKind};

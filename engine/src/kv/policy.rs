@@ -350,6 +350,12 @@ pub enum KvError {
         /// What does not fit.
         why: String,
     },
+    /// No memory for what the choice is made by.
+    #[error("cannot allocate {bytes} bytes for the kv policy")]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// A score that is no number.
     #[error(
         "the kv policy's score of position {position} in layer {layer}, head {head} is NaN: nothing was evicted"
@@ -422,9 +428,10 @@ pub fn keep_best<P: KvPolicy + ?Sized>(
     }
     let heads = if policy.per_head() { view.geometry.kv_heads } else { 1 };
     let layer = view.geometry.layer;
-    let mut scores = vec![0.0; heads * view.entries];
-    let mut kept = Vec::with_capacity(heads * n.min(view.entries));
-    let mut ranks = Vec::with_capacity(view.entries);
+    let mut scores = room(heads * view.entries)?;
+    scores.resize(heads * view.entries, 0.0);
+    let mut kept = room(heads * n.min(view.entries))?;
+    let mut ranks = room(view.entries)?;
     for (head, scores) in scores.chunks_exact_mut(view.entries).enumerate() {
         policy.score(view, head, scores);
         let positions = view.positions(head);
@@ -449,6 +456,14 @@ pub fn keep_best<P: KvPolicy + ?Sized>(
         kept.extend(middle.end as u32..view.entries as u32);
     }
     Ok(Selection { heads, kept, scores })
+}
+
+/// An empty list with room for `n` entries: there are as many as a sequence has tokens.
+fn room<T>(n: usize) -> Result<Vec<T>, KvError> {
+    let mut list = Vec::new();
+    let bytes = n.saturating_mul(size_of::<T>());
+    list.try_reserve_exact(n).map_err(|_| KvError::Memory { bytes })?;
+    Ok(list)
 }
 
 /// A number that orders entries by score, then by index; no two are equal, and none is `u64::MAX`.

@@ -2,7 +2,7 @@
 
 use crate::EngineError;
 use crate::weights::Loader;
-use kernels::{Buf, Device, Limits, Vector, View, Weight, Write};
+use kernels::{Buf, Device, KernelError, Limits, Vector, View, Weight, Write};
 
 /// Rows whose logits are computed at once: bounds the memory that logits take.
 pub const HEAD_ROWS: usize = 16;
@@ -90,6 +90,7 @@ impl Head {
 /// Appends `n` values to `out`.
 fn read(dev: &Device, from: View<'_>, n: usize, out: &mut Vec<f32>) -> Result<(), EngineError> {
     let at = out.len();
+    out.try_reserve(n).map_err(|_| KernelError::Memory { what: "logits", bytes: n.saturating_mul(4) })?;
     out.resize(at + n, 0.0);
     Ok(dev.read(from, &mut out[at..])?)
 }

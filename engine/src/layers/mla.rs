@@ -3,7 +3,7 @@
 
 use crate::EngineError;
 use crate::kv::policy::{AttentionKind, LayerGeometry, Rotary};
-use crate::kv::{Arena, LayerSpec, SecondKind};
+use crate::kv::{Arena, LayerSpec, SecondKind, zeros};
 use crate::layers::rope::{Angles, Rope};
 use crate::model::Extras;
 use crate::weights::Loader;
@@ -196,16 +196,16 @@ impl Mla {
                     let first = h * (s.nope + s.value);
                     let ids: Vec<u32> = (first as u32..(first + s.nope) as u32).collect();
                     dev.embed(kv_b, &ids, 1.0, weights.view_mut(s.nope))?;
-                    let (mut w, mut rows) = (vec![0.0; s.nope * s.latent], vec![0.0; n * s.nope]);
+                    let (mut w, mut rows) = (zeros(s.nope * s.latent)?, zeros(n * s.nope)?);
                     dev.read(weights.view(s.nope), &mut w)?;
                     dev.read(q.part(n, nope), &mut rows)?;
-                    let mut c = Vec::with_capacity(n * s.latent);
-                    for q in rows.chunks_exact(s.nope) {
+                    let mut c = zeros(n * s.latent)?;
+                    for (q, c) in rows.chunks_exact(s.nope).zip(c.chunks_exact_mut(s.latent)) {
                         let mut sum = vec![0.0f64; s.latent];
                         for (q, w) in q.iter().zip(w.chunks_exact(s.latent)) {
                             sum.iter_mut().zip(w).for_each(|(s, w)| *s += f64::from(*q) * f64::from(*w));
                         }
-                        c.extend(sum.iter().map(|s| *s as f32));
+                        c.iter_mut().zip(&sum).for_each(|(c, s)| *c = *s as f32);
                     }
                     dev.write(out.part_mut(n, latent), &c)?;
                 }

@@ -6,7 +6,11 @@ use crate::gguf::{NewTensor, OpenMode, encode};
 use quant::DType;
 
 fn state(layers: &[usize], experts: usize, room: u64) -> State {
-    let mut s = State::new(layers.to_vec(), vec![100; experts], PagerOptions { pin: 0, memory: Some(room) });
+    let mut s = State::new(
+        layers.to_vec(),
+        vec![100; experts],
+        PagerOptions { memory: Some(room), ..PagerOptions::default() },
+    );
     assert!(s.begin_pass().is_empty());
     s
 }
@@ -65,7 +69,11 @@ fn layers_that_do_not_fit_are_streamed() {
 
 #[test]
 fn the_experts_used_most_are_pinned() {
-    let mut s = State::new(vec![0, 0], vec![100; 8], PagerOptions { pin: 250, memory: Some(500) });
+    let mut s = State::new(
+        vec![0, 0],
+        vec![100; 8],
+        PagerOptions { pin: 250, memory: Some(500), ..PagerOptions::default() },
+    );
     s.begin_pass();
     s.choose(0, 0, 8, &[1, 1, 1, 2, 2, 3]);
     let pins = s.choose_pins().expect("something to pin");
@@ -110,7 +118,8 @@ fn a_file_is_read_as_before_under_any_memory() {
     let sum = |f: &File| f.tensors().iter().flat_map(|t| f.bytes(t).to_vec()).map(u64::from).sum::<u64>();
     let want = sum(&file);
     for memory in [0, 100_000, 250_000, 1 << 30] {
-        let pager = Pager::new(&file, PagerOptions { pin: 100_000, memory: Some(memory) });
+        let pager =
+            Pager::new(&file, PagerOptions { pin: 100_000, memory: Some(memory), ..PagerOptions::default() });
         pager.record(true);
         assert_eq!(pager.expert_bytes(0), 3 * 32 * 256 * 4);
         for i in 0..20u32 {

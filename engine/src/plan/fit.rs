@@ -12,17 +12,17 @@ const LEAST_CTX: usize = 256;
 const LEAST_BATCH: usize = 16;
 const FAIR_BATCH: usize = 128;
 
-/// One thing changed; its `Display` is the flags.
+/// One thing changed; its `Display` is the flags, to be put behind those given: the last one counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Weights are mapped (neither read nor locked).
-    Mapped(Access),
+    Mapped,
     /// As many layers and experts on GPUs as fit.
     Placement {
         /// Layers on GPUs.
         gpu_layers: usize,
-        /// Layers whose experts stay on the CPU.
-        cpu_moe: usize,
+        /// Layers whose experts stay on the CPU; `None`: the flag is not needed.
+        cpu_moe: Option<usize>,
     },
     /// A smaller batch.
     Batch(usize),
@@ -37,10 +37,11 @@ pub enum Change {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Mapped(Access::Locked) => f.write_str("(without --mlock)"),
-            Self::Mapped(_) => f.write_str("(without --no-mmap)"),
-            Self::Placement { gpu_layers, cpu_moe: 0 } => write!(f, "-ngl {gpu_layers}"),
-            Self::Placement { gpu_layers, cpu_moe } => write!(f, "-ngl {gpu_layers} --n-cpu-moe {cpu_moe}"),
+            Self::Mapped => f.write_str("--mmap"),
+            Self::Placement { gpu_layers, cpu_moe: None } => write!(f, "-ngl {gpu_layers}"),
+            Self::Placement { gpu_layers, cpu_moe: Some(n) } => {
+                write!(f, "-ngl {gpu_layers} --n-cpu-moe {n}")
+            }
             Self::Batch(n) => write!(f, "-b {n}"),
             Self::CacheType(t, false) => write!(f, "-ctk {}", t.name()),
             Self::CacheType(t, true) => write!(f, "-ctk {0} -ctv {0}", t.name()),
@@ -110,7 +111,7 @@ impl Search<'_> {
         let mut to = from.clone();
         let s = &mut to.options.session;
         match change {
-            Change::Mapped(_) => to.options.access = Access::Mapped,
+            Change::Mapped => to.options.access = Access::Mapped,
             Change::Placement { .. } => (to.rules.gpu_layers, to.rules.cpu_moe) = (None, None),
             Change::Batch(n) => s.batch = n,
             Change::CacheType(t, values) => {
@@ -123,9 +124,10 @@ impl Search<'_> {
             Change::Parallel(n) => to.options.parallel = n,
         }
         to.plan = self.plan(&to.options, &to.rules).ok()?;
-        let (gpu_layers, cpu_moe) = (to.plan.gpu_layers, to.plan.cpu_moe);
+        // Pasted behind a flag that was given, the answer must say it too.
+        let cpu_moe = Some(to.plan.cpu_moe).filter(|n| *n > 0 || from.rules.cpu_moe.is_some());
         to.changes.push(match change {
-            Change::Placement { .. } => Change::Placement { gpu_layers, cpu_moe },
+            Change::Placement { .. } => Change::Placement { gpu_layers: to.plan.gpu_layers, cpu_moe },
             c => c,
         });
         Some(to)
@@ -185,13 +187,12 @@ impl Search<'_> {
     }
 
     fn mapped(&self, w: &Way) -> Option<Way> {
-        let now = w.options.access;
-        if now == Access::Mapped { None } else { self.with(w, Change::Mapped(now)) }
+        (w.options.access != Access::Mapped).then(|| self.with(w, Change::Mapped))?
     }
 
     fn placed(&self, w: &Way) -> Option<Way> {
         let open = w.rules.gpu_layers.is_none() && w.rules.cpu_moe.is_none();
-        let none = Change::Placement { gpu_layers: 0, cpu_moe: 0 };
+        let none = Change::Placement { gpu_layers: 0, cpu_moe: None };
         if open || self.machine.gpus.is_empty() { None } else { self.with(w, none) }
     }
 

@@ -46,11 +46,14 @@ fn group_room(root: &Path, free: Pages) -> Option<u64> {
             continue;
         };
         // Version 2 has one line without controllers; version 1 a line for memory.
-        let (base, limit, used, all, shared, unused) = match names {
-            "" => ("sys/fs/cgroup", "memory.max", "memory.current", "file ", "shmem ", "inactive_file "),
+        let (base, limits, used, all, shared, unused) = match names {
+            "" => {
+                let limits = &["memory.max", "memory.high"][..];
+                ("sys/fs/cgroup", limits, "memory.current", "file ", "shmem ", "inactive_file ")
+            }
             n if n.split(',').any(|n| n == "memory") => (
                 "sys/fs/cgroup/memory",
-                "memory.limit_in_bytes",
+                &["memory.limit_in_bytes"][..],
                 "memory.usage_in_bytes",
                 "total_cache ",
                 "total_shmem ",
@@ -67,7 +70,7 @@ fn group_room(root: &Path, free: Pages) -> Option<u64> {
             dir = base.clone();
         }
         loop {
-            if let Some(room) = room(&dir, limit, used, (cache, except)) {
+            if let Some(room) = room(&dir, limits, used, (cache, except)) {
                 least = Some(least.map_or(room, |l| l.min(room)));
             }
             if dir == base || !dir.pop() {
@@ -78,10 +81,10 @@ fn group_room(root: &Path, free: Pages) -> Option<u64> {
     least
 }
 
-/// What is left of a group's limit when the pages counted under the first key of `cache`, less the second, count as free.
-fn room(dir: &Path, limit: &str, used: &str, cache: (&str, &str)) -> Option<u64> {
+/// What is left of a group's lowest limit when the pages counted under the first key of `cache`, less the second, count as free.
+fn room(dir: &Path, limits: &[&str], used: &str, cache: (&str, &str)) -> Option<u64> {
     let number = |f: &str| fs::read_to_string(dir.join(f)).ok()?.trim().parse::<u64>().ok();
-    let (limit, used) = (number(limit)?, number(used)?);
+    let (limit, used) = (limits.iter().filter_map(|l| number(l)).min()?, number(used)?);
     let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
     let counted = |key: &str| {
         stat.lines().find_map(|l| l.strip_prefix(key)).and_then(|n| n.trim().parse().ok()).unwrap_or(0u64)
@@ -124,12 +127,16 @@ mod tests {
                 ("sys/fs/cgroup/a/memory.max", "3000000\n"),
                 ("sys/fs/cgroup/a/memory.current", "1500000\n"),
                 ("sys/fs/cgroup/a/memory.stat", "anon 5\nfile 900000\nshmem 100000\ninactive_file 500000\n"),
+                ("sys/fs/cgroup/a/memory.high", "max\n"),
                 ("sys/fs/cgroup/a/b/memory.max", "max\n"),
                 ("sys/fs/cgroup/a/b/memory.current", "10\n"),
             ],
         );
         assert_eq!(available_under(dir.path()), Some(2_000_000));
         assert_eq!(room_for_files_under(dir.path(), 0), Some(2_300_000));
+        // Above this one the system slows a group down instead of ending it.
+        write(dir.path(), &[("sys/fs/cgroup/a/memory.high", "2500000\n")]);
+        assert_eq!(available_under(dir.path()), Some(1_500_000));
     }
 
     #[test]

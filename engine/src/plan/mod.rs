@@ -12,6 +12,7 @@ mod place;
 pub use fit::{Change, Fit, Way, fit};
 pub use machine::available_memory;
 pub(crate) use machine::room_for_files;
+pub(crate) use model::of_context;
 pub use model::{Needs, Part, PlanModel, WeightFact};
 pub use place::{Device, DevicePlan, Gpu, Load, Machine, PartBytes, Plan, Rules, place};
 

@@ -1,15 +1,15 @@
 //! What a model needs, from its headers. Knows nothing of devices and their sizes.
 
 use super::PlanOptions;
-use crate::EngineError;
 use crate::context::arena_options;
 use crate::gguf::{Array, File, Metadata, TensorInfo, Value};
 use crate::kv::{CacheTypes, LayerSpec};
 use crate::model::{self, Network};
+use crate::{EngineError, SessionOptions};
 use kernels::{Device, Limits, meter};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// What a weight is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -118,8 +118,6 @@ pub struct PlanModel {
     n_layers: usize,
     tied: bool,
     network: Arc<dyn Network>,
-    device: Device,
-    asked: Arc<AtomicUsize>,
 }
 
 /// What a text value costs as metadata, and again in the vocabulary: pointers, lengths and entries of tables besides the bytes.
@@ -142,7 +140,7 @@ impl PlanModel {
     /// # Errors
     /// As [`crate::Model::load`].
     pub fn of(file: &File) -> Result<Self, EngineError> {
-        let (device, asked) = meter(1);
+        let (device, _) = meter(1);
         let (network, guessed) = model::load_any(file, &device)?;
         let meta = file.metadata();
         let arch = meta.str("general.architecture")?.unwrap_or_default().to_owned();
@@ -167,8 +165,6 @@ impl PlanModel {
             n_vocab: dims.n_vocab,
             n_layers: dims.n_layers,
             network,
-            device,
-            asked,
         })
     }
 
@@ -217,29 +213,43 @@ impl PlanModel {
     /// # Errors
     /// Options that no session accepts.
     pub fn needs(&self, o: &PlanOptions) -> Result<Needs, EngineError> {
-        let s = &o.session;
-        let specs: Vec<LayerSpec> = self.network.cache_specs();
-        let options = arena_options(s, &specs, o.parallel)?;
-        let types = CacheTypes { k: s.cache_k, v: s.cache_v, k_pe: s.cache_k_pe };
-        let kv = options.layer_bytes(&specs, types)?;
-        let (rows, seen) = (options.chunk.max(o.parallel), options.most_seen(&specs));
-        let (extras, mass) = options.extras();
-        let (sized, _) = meter(o.threads);
-        let scratch = sized.scratch_bytes(&Limits { mass, ..self.network.limits(rows, seen) });
-        let before = self.asked.load(Relaxed);
-        drop(self.network.clone().runner(&self.device, rows, extras)?);
-        let activations = self.asked.load(Relaxed) - before;
         let vocab = self.n_vocab as u64;
+        let tokens = (4 * o.parallel as u64).saturating_mul(o.session.ctx as u64);
         Ok(Needs {
-            kv: kv.into_iter().map(|b| b as u64).collect(),
-            activations: activations as u64,
-            scratch: scratch as u64,
             // Logits of a sequence, and candidates of a sampler that looks at all of them.
             sampling: o.parallel as u64 * vocab * (4 + 32),
-            host: self.texts + 4 * s.ctx as u64 * o.parallel as u64 + STACK * o.threads as u64,
-            policy: options.policy_bytes(&specs, rows)? as u64,
+            host: (self.texts + STACK * o.threads as u64).saturating_add(tokens),
+            ..of_context(&self.network, &o.session, o.parallel, &meter(o.threads).0)?
         })
     }
+}
+
+/// What a context takes: cache, activations, the scratch memory of a device, the policy's memory.
+///
+/// # Errors
+/// Options that no session accepts.
+pub(crate) fn of_context(
+    network: &Arc<dyn Network>,
+    s: &SessionOptions,
+    sequences: usize,
+    device: &Device,
+) -> Result<Needs, EngineError> {
+    let specs: Vec<LayerSpec> = network.cache_specs();
+    let options = arena_options(s, &specs, sequences)?;
+    let types = CacheTypes { k: s.cache_k, v: s.cache_v, k_pe: s.cache_k_pe };
+    let kv = options.layer_bytes(&specs, types)?;
+    let (rows, seen) = (options.chunk.max(sequences), options.most_seen(&specs));
+    let (extras, mass) = options.extras();
+    let scratch = device.scratch_bytes(&Limits { mass, ..network.limits(rows, seen) });
+    let (counting, asked) = meter(1);
+    drop(network.clone().runner(&counting, rows, extras)?);
+    Ok(Needs {
+        kv: kv.into_iter().map(|b| b as u64).collect(),
+        activations: asked.load(Relaxed) as u64,
+        scratch: scratch as u64,
+        policy: options.policy_bytes(&specs, rows)? as u64,
+        ..Needs::default()
+    })
 }
 
 /// Bytes that metadata and vocabulary take in memory.

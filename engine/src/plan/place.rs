@@ -233,25 +233,108 @@ fn largest(all: usize, at: impl Fn(usize) -> Plan) -> Plan {
     (1..=all).rev().map(&at).find(Plan::fits).unwrap_or_else(|| at(0))
 }
 
+/// Where the parts of `n` layers on GPUs, with the experts of the first `cpu_moe` layers on the CPU, go.
+struct Rule<'a> {
+    l: Load<'a>,
+    rules: &'a Rules,
+    gpus: usize,
+    cpu_moe: usize,
+    /// The device of each layer, the output last.
+    layers: Vec<Device>,
+}
+
+impl Rule<'_> {
+    /// Where a tensor goes; true: because `-ot` says so.
+    fn device(&self, w: &WeightFact) -> (Device, bool) {
+        let there = |d: &Device| !matches!(d, Device::Gpu(i) if *i >= self.gpus);
+        if let Some(d) = self.rules.tensors.get(&w.name).copied().filter(there) {
+            return (d, true);
+        }
+        let d = match (w.part, w.layer) {
+            (Part::Embeddings, _) => Device::Cpu,
+            (Part::Output, _) => self.layers[self.l.layers],
+            (Part::Experts, Some(layer)) if layer < self.cpu_moe => Device::Cpu,
+            (_, Some(layer)) => self.layers.get(layer).copied().unwrap_or(Device::Cpu),
+            (_, None) => Device::Cpu,
+        };
+        (d, false)
+    }
+
+    /// Bytes of the output where it is the embedding table, which lies elsewhere.
+    fn tied_output(&self) -> u64 {
+        let output = self.layers[self.l.layers];
+        let table = |w: &&WeightFact| w.part == Part::Embeddings && self.device(w).0 != output;
+        if self.l.tied { self.l.weights.iter().filter(table).map(|w| w.bytes).sum() } else { 0 }
+    }
+}
+
+/// Bytes that a tensor takes on a GPU: vectors are widened.
+fn on_gpu(w: &WeightFact) -> u64 {
+    if w.copy > 0 { w.copy } else { w.bytes }
+}
+
+/// Deals `loads`, in order, to GPUs of these sizes: each a run, and the fullest GPU, as a share of its size, as empty as can be.
+/// `held`: bytes that each holds already. Returns the GPU of each load, by its place in `sizes`.
+///
+/// (Dealt by number instead, layers that keep their experts, the last ones, would all lie on the last GPU.)
+fn deal(loads: &[u64], sizes: &[f64], held: &[u64]) -> Vec<usize> {
+    let within = |share: f64| {
+        let (mut gpu, mut used, mut dealt) = (0, held[0] as f64, Vec::with_capacity(loads.len()));
+        for &bytes in loads {
+            while used + bytes as f64 > sizes[gpu] * share {
+                gpu += 1;
+                used = *held.get(gpu)? as f64;
+            }
+            used += bytes as f64;
+            dealt.push(gpu);
+        }
+        Some(dealt)
+    };
+    // If all fit their GPUs, they do so at a share of 1.
+    let mut high = 1.0;
+    let mut best = within(high);
+    while best.is_none() && high < 1e30 {
+        high *= 2.0;
+        best = within(high);
+    }
+    let mut low = 0.0;
+    for _ in 0..40 {
+        let mid = (low + high) / 2.0;
+        match within(mid) {
+            Some(dealt) => (best, high) = (Some(dealt), mid),
+            None => low = mid,
+        }
+    }
+    best.unwrap_or_else(|| vec![sizes.len() - 1; loads.len()])
+}
+
 /// `n` layers on GPUs, the experts of the first `cpu_moe` layers not.
 fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, cpu_moe: usize) -> Plan {
-    let first = l.layers + 1 - n.min(l.layers + 1);
-    let total: f64 = gpus.iter().map(|g| g.1).sum();
-    // Layers are dealt to GPUs in runs, by share.
-    let device = |layer: usize| {
-        if layer < first || gpus.is_empty() {
-            return Device::Cpu;
-        }
-        let at = (layer - first) as f64 + 0.5;
-        let mut sum = 0.0;
-        for (i, share) in gpus {
-            sum += share / total * n as f64;
-            if at < sum {
-                return Device::Gpu(*i);
+    let n = if gpus.is_empty() { 0 } else { n.min(l.layers + 1) };
+    let first = l.layers + 1 - n;
+    let on = |layer: usize| if layer < first { Device::Cpu } else { Device::Gpu(gpus[0].0) };
+    let layers = (0..=l.layers).map(on).collect();
+    let mut rule = Rule { l, rules: r, gpus: m.gpus.len(), cpu_moe, layers };
+    if n > 0 && gpus.len() > 1 {
+        let mut loads = vec![0; l.layers + 1];
+        // A GPU works in as much as the CPU does: an upper bound until it says itself.
+        let mut held = vec![l.needs.activations + l.needs.scratch; m.gpus.len()];
+        for w in l.weights {
+            match (rule.device(w), w.layer) {
+                ((Device::Gpu(i), true), _) => held[i] += on_gpu(w),
+                ((Device::Gpu(_), false), layer) => loads[layer.unwrap_or(l.layers)] += on_gpu(w),
+                ((Device::Cpu, _), _) => {}
             }
         }
-        Device::Gpu(gpus.last().map_or(0, |g| g.0))
-    };
+        l.needs.kv.iter().zip(&mut loads).for_each(|(kv, load)| *load += kv);
+        loads[l.layers] += rule.tied_output();
+        // Shares that the user chose are of the layers alone.
+        let by_size = r.split.is_empty();
+        let held: Vec<u64> = gpus.iter().map(|g| if by_size { held[g.0] } else { 0 }).collect();
+        let sizes: Vec<f64> = gpus.iter().map(|g| g.1).collect();
+        let dealt = deal(&loads[first..], &sizes, &held);
+        dealt.iter().zip(&mut rule.layers[first..]).for_each(|(g, d)| *d = Device::Gpu(gpus[*g].0));
+    }
     let empty = |device, size| DevicePlan {
         device,
         size,
@@ -273,14 +356,7 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
         Device::Gpu(i) => i + 1,
     };
     for w in l.weights {
-        let rule = match (w.part, w.layer) {
-            (Part::Embeddings, _) => Device::Cpu,
-            (Part::Output, _) => device(l.layers),
-            (Part::Experts, Some(layer)) if layer < cpu_moe => Device::Cpu,
-            (_, Some(layer)) => device(layer),
-            (_, None) => Device::Cpu,
-        };
-        let d = r.tensors.get(&w.name).copied().filter(|d| index(*d) < devices.len()).unwrap_or(rule);
+        let (d, _) = rule.device(w);
         let to = &mut devices[index(d)];
         to.tensors += 1;
         let part = &mut to.weights[w.part as usize];
@@ -290,21 +366,20 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
                 part.resident += w.copy;
             }
             (Device::Cpu, Access::Read) => part.resident += w.bytes + w.copy,
-            (Device::Gpu(_), _) => part.resident += if w.copy > 0 { w.copy } else { w.bytes },
+            (Device::Gpu(_), _) => part.resident += on_gpu(w),
         }
     }
-    if l.tied && device(l.layers) != Device::Cpu {
-        let embed = l.weights.iter().filter(|w| w.part == Part::Embeddings).map(|w| w.bytes).sum::<u64>();
-        let part = &mut devices[index(device(l.layers))].weights[Part::Output as usize];
-        part.resident += embed;
-        part.copied += embed;
+    if rule.layers[l.layers] != Device::Cpu {
+        let (table, output) = (rule.tied_output(), index(rule.layers[l.layers]));
+        let part = &mut devices[output].weights[Part::Output as usize];
+        part.resident += table;
+        part.copied += table;
     }
-    for (layer, bytes) in l.needs.kv.iter().enumerate() {
-        devices[index(device(layer))].kv += bytes;
+    for (bytes, d) in l.needs.kv.iter().zip(&rule.layers) {
+        devices[index(*d)].kv += bytes;
     }
-    // A GPU works in as much as the CPU does: an upper bound until it says itself.
     for d in &mut devices {
-        if d.device == Device::Cpu || d.tensors > 0 {
+        if d.device == Device::Cpu || d.tensors > 0 || d.kv > 0 {
             d.activations = l.needs.activations;
             d.scratch = l.needs.scratch;
         }

@@ -54,13 +54,24 @@ fn rules() -> impl Strategy<Value = Rules> {
     let layers = proptest::option::of(0usize..16);
     let moe = proptest::option::of(0usize..16);
     let split = proptest::collection::vec(0.0f64..3.0, 0..4);
-    (layers, moe, proptest::option::weighted(0.2, 0usize..4), split).prop_map(
-        |(gpu_layers, cpu_moe, main_gpu, split)| Rules {
+    let kind = prop_oneof![Just("attn_q"), Just("ffn_up_exps"), Just("ffn_up"), Just("attn_norm")];
+    let named = (0usize..12, kind, 0usize..5).prop_map(|(layer, kind, device)| {
+        let device = device.checked_sub(1).map_or(Device::Cpu, Device::Gpu);
+        (format!("blk.{layer}.{kind}.weight"), device)
+    });
+    let tensors =
+        proptest::collection::hash_map(Just("token_embd.weight".to_owned()), Just(Device::Gpu(0)), 0..2);
+    let tensors = (tensors, proptest::collection::vec(named, 0..6)).prop_map(|(mut all, some)| {
+        all.extend(some);
+        all
+    });
+    (layers, moe, proptest::option::weighted(0.2, 0usize..4), split, tensors).prop_map(
+        |(gpu_layers, cpu_moe, main_gpu, split, tensors)| Rules {
             gpu_layers,
             cpu_moe,
             main_gpu,
             split,
-            tensors: HashMap::new(),
+            tensors,
         },
     )
 }
@@ -125,6 +136,36 @@ proptest! {
         let (x, y) = (place(load(&m, a), &machine, &fixed), place(load(&m, a), &larger, &fixed));
         prop_assert!(y.shortfall() <= x.shortfall());
         prop_assert!(y.devices[0].streamed() <= x.devices[0].streamed());
+    }
+
+    #[test]
+    fn more_memory_of_gpus_never_hurts(m in model(), machine in machine(), r in rules(), a in access(), more in prop::collection::vec(0u64..50_000, 4)) {
+        let mut larger = machine.clone();
+        larger.gpus.iter_mut().zip(more).for_each(|(g, more)| g.bytes += more);
+        let (before, after) = (place(load(&m, a), &machine, &r), place(load(&m, a), &larger, &r));
+        prop_assert!(after.fits() || !before.fits());
+        prop_assert!(after.gpu_layers >= before.gpu_layers || !before.fits());
+    }
+
+    #[test]
+    fn named_tensors_lie_where_they_should(m in model(), machine in machine(), r in rules(), a in access()) {
+        let p = place(load(&m, a), &machine, &r);
+        let there = |d: &&Device| !matches!(d, Device::Gpu(i) if *i >= machine.gpus.len());
+        for (i, d) in p.devices.iter().enumerate() {
+            let here = |w: &&WeightFact| r.tensors.get(&w.name).filter(there) == Some(&d.device);
+            let named: u64 = m.weights.iter().filter(here).map(|w| w.bytes).sum();
+            prop_assert!(d.mapped() + d.weights_resident() >= named, "device {i}");
+        }
+        // GPUs that no rule allows stay empty.
+        for (i, d) in p.devices[1..].iter().enumerate() {
+            let named = r.tensors.values().any(|d| *d == Device::Gpu(i));
+            let share = match r.main_gpu {
+                Some(main) => main == i,
+                None if r.split.is_empty() => !machine.gpus[i].display,
+                None => r.split.get(i).is_some_and(|s| *s > 0.0),
+            };
+            prop_assert!(share || named || d.resident() == 0, "GPU{i}");
+        }
     }
 
     #[test]
@@ -195,4 +236,38 @@ fn experts_leave_a_gpu_first_and_named_tensors_go_where_they_should() {
     let tensors = HashMap::from([("blk.1.attn_q.weight".into(), Device::Cpu)]);
     let p = place(l, &machine(300), &Rules { tensors, ..Rules::default() });
     assert_eq!((p.devices[0].mapped(), p.devices[1].resident()), (10, 220));
+}
+
+/// Layers that keep their experts are the last ones: dealt by bytes, they lie on all GPUs.
+#[test]
+fn experts_are_spread_over_gpus_as_their_layers_are() {
+    let mut weights = Vec::new();
+    for i in 0..8 {
+        for (name, bytes) in [("attn_q", 10), ("ffn_up_exps", 100)] {
+            let name = format!("blk.{i}.{name}.weight");
+            weights.push(WeightFact { part: Part::of(&name), name, layer: Some(i), bytes, copy: 0 });
+        }
+    }
+    let needs = Needs { kv: vec![1; 8], scratch: 7, ..Needs::default() };
+    let l = Load {
+        weights: &weights,
+        layers: 8,
+        tied: false,
+        needs: &needs,
+        access: Access::Mapped,
+        pinned: 0,
+        parallel: 1,
+    };
+    let gpus = |sizes: &[u64]| sizes.iter().map(|b| Gpu { bytes: *b, display: false }).collect();
+    let at = |sizes: &[u64], r: &Rules| {
+        let p = place(l, &Machine { memory: 10_000, gpus: gpus(sizes) }, r);
+        let experts = |d: &DevicePlan| d.weights[Part::Experts as usize].resident;
+        assert!(p.fits(), "{p:?}");
+        (p.cpu_moe, p.devices[1..].iter().map(experts).collect::<Vec<_>>())
+    };
+    assert_eq!(at(&[300, 300], &Rules::default()), (4, vec![200, 200]));
+    assert_eq!(at(&[170, 450], &Rules::default()), (4, vec![100, 300]));
+    let split = |split: &[f64]| Rules { split: split.into(), cpu_moe: Some(4), ..Rules::default() };
+    assert_eq!(at(&[300, 300], &split(&[1.0, 1.0])), (4, vec![200, 200]));
+    assert_eq!(at(&[500, 500], &split(&[1.0, 2.0])), (4, vec![100, 300]));
 }

@@ -36,6 +36,12 @@ fn bucket(behind: f32) -> usize {
     ((behind * 16.0) as usize).min(BUCKETS - 1)
 }
 
+/// Room for `n` entries in a list: vocabularies are as long as a file says.
+fn room<T>(list: &mut Vec<T>, n: usize) -> Result<(), SampleError> {
+    let bytes = n.saturating_mul(size_of::<T>());
+    list.try_reserve_exact(n.saturating_sub(list.len())).map_err(|_| SampleError::Memory { bytes })
+}
+
 fn not_finite(logits: &[f32]) -> SampleError {
     let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).unwrap_or(0);
     SampleError::NotFinite { token: bad as u32, value: logits[bad] }
@@ -45,10 +51,10 @@ impl Candidates {
     /// The k best, sorted: one pass that collects what beats the k-th best so far and cuts the buffer back when it is full.
     pub fn top_k(&mut self, logits: &[f32], k: usize) -> Result<(), SampleError> {
         const STEP: usize = 64;
-        let room = (2 * k).max(256);
+        let full = (2 * k).max(256);
         let buf = &mut self.items;
         buf.clear();
-        buf.reserve(room + STEP);
+        room(buf, full + STEP)?;
         let mut bar = f32::NEG_INFINITY;
         for (c, chunk) in logits.chunks(STEP).enumerate() {
             // False for NaN too. An equal logit later in the row has a higher id and loses the tie.
@@ -64,7 +70,7 @@ impl Candidates {
                 }
                 buf.push(Candidate { id: (c * STEP + i) as u32, logit });
             }
-            if buf.len() >= room {
+            if buf.len() >= full {
                 buf.select_nth_unstable_by(k - 1, by_logit);
                 buf.truncate(k);
                 bar = buf[k - 1].logit;
@@ -93,6 +99,12 @@ impl Candidates {
             return Err(SampleError::NoCandidate { n_vocab: logits.len() });
         }
         self.items.clear();
+        // Those that later filters use, too.
+        let n = logits.len();
+        room(&mut self.items, n)?;
+        room(&mut self.weights, n)?;
+        room(&mut self.order, n)?;
+        room(&mut self.scored, n)?;
         if top_p >= 1.0 && min_p <= 0.0 {
             let known = logits.iter().enumerate().filter(|(_, l)| **l > f32::NEG_INFINITY);
             self.items.extend(known.map(|(i, &logit)| Candidate { id: i as u32, logit }));

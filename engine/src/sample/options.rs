@@ -60,6 +60,12 @@ pub enum SampleError {
         /// What it may be.
         expected: &'static str,
     },
+    /// No memory for the candidates.
+    #[error("cannot allocate {bytes} bytes for the candidates of a token")]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// A logit bias for a token that the vocabulary does not have.
     #[error("logit_bias names token {token}, but the vocabulary has only {n_vocab}")]
     BiasToken {

@@ -9,6 +9,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 
 use super::TextError;
+use super::vocab::MOST_TEXT;
 
 /// The printable character that GPT-2's byte-level BPE writes for a byte.
 pub fn byte_char(b: u8) -> char {
@@ -122,13 +123,19 @@ impl Bpe {
                 .and_then(|n| n_vocab.checked_add(n))
                 .filter(|&id| id != NONE)
                 .ok_or_else(|| TextError::invalid("tokenizer.ggml.merges", "too many merges"))?;
+            extra.try_reserve(1).map_err(TextError::memory(merges.len()))?;
             extra.insert(s.to_owned(), id);
             Ok(id)
         };
         let seed = RandomState::new().hash_one(n_vocab);
-        let mut table = HashMap::with_capacity_and_hasher(merges.len(), PairHash(seed));
+        let mut table = HashMap::with_hasher(PairHash(seed));
+        table.try_reserve(merges.len()).map_err(TextError::memory(merges.len()))?;
         let mut joined = String::new();
         for (rank, merge) in merges.iter().enumerate() {
+            if merge.len() > 2 * MOST_TEXT {
+                let reason = format!("entry {rank} has {} bytes", merge.len());
+                return Err(TextError::invalid("tokenizer.ggml.merges", reason));
+            }
             // The left side may itself begin with a space only in files that do not encode bytes; none do here.
             let (left, right) =
                 merge.split_once(' ').filter(|(l, r)| !l.is_empty() && !r.is_empty()).ok_or_else(|| {
@@ -145,7 +152,9 @@ impl Bpe {
         for b in 0..=255u8 {
             byte_symbol[usize::from(b)] = intern(byte_char(b).encode_utf8(&mut [0; 4]))?;
         }
-        let mut spelled = vec![Vec::new(); extra.len()];
+        let mut spelled = Vec::new();
+        spelled.try_reserve_exact(extra.len()).map_err(TextError::memory(extra.len()))?;
+        spelled.resize(extra.len(), Vec::new());
         for (text, id) in &extra {
             spelled[(id - n_vocab) as usize] =
                 text.chars().filter_map(|c| lookup(c.encode_utf8(&mut [0; 4])).or(unknown)).collect();

@@ -42,6 +42,12 @@ pub enum TextError {
         /// What it could have been.
         supported: &'static str,
     },
+    /// A vocabulary larger than the memory that is left.
+    #[error("cannot allocate memory for the vocabulary ({entries} entries)")]
+    Memory {
+        /// Entries that there is no room for.
+        entries: usize,
+    },
     /// The chat template is not valid.
     #[error("chat template: {0}")]
     TemplateSyntax(String),
@@ -59,5 +65,10 @@ pub enum TextError {
 impl TextError {
     fn invalid(key: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { key, reason: reason.into() }
+    }
+
+    /// The error where there is no memory for so many entries.
+    fn memory<E>(entries: usize) -> impl FnOnce(E) -> Self {
+        move |_| Self::Memory { entries }
     }
 }

@@ -39,6 +39,11 @@ const MODELS: &str = "gpt2, llama";
 const PRES: &str = "deepseek-llm, deepseek-coder, deepseek-v3, llama-bpe, qwen2, qwen35, gpt-2, tekken, falcon, \
                     smollm, default, and their aliases";
 
+/// Bytes of one token's text, and of all special ones together: what is made of them cannot be refused memory. Real ones have
+/// some hundreds, and some hundred thousands.
+pub(super) const MOST_TEXT: usize = 64 << 10;
+const MOST_SPECIAL: usize = 4 << 20;
+
 /// U+2581, which SentencePiece writes for a space.
 const SPACE_MARK: &str = "\u{2581}";
 
@@ -190,7 +195,8 @@ impl Vocab {
         };
 
         let mut tokens = read_tokens(m)?;
-        let mut ids = HashMap::with_capacity(tokens.len());
+        let mut ids = HashMap::new();
+        ids.try_reserve(tokens.len()).map_err(TextError::memory(tokens.len()))?;
         for (id, t) in (0u32..).zip(&tokens) {
             if let Some(other) = ids.insert(t.text.clone(), id) {
                 let reason = format!("tokens {other} and {id} are both {:?}", t.text);
@@ -548,6 +554,10 @@ impl Finder {
             return Ok(None);
         }
         let texts = ids.iter().map(|&id| tokens[id as usize].text.as_bytes());
+        let bytes: usize = texts.clone().map(<[u8]>::len).sum();
+        if bytes > MOST_SPECIAL {
+            return Err(TextError::invalid(TYPES, format!("special tokens of {bytes} bytes together")));
+        }
         let automaton = (AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts))
             .map_err(|e| TextError::invalid(TYPES, format!("too many special tokens: {e}")))?;
         Ok(Some(Self { automaton, ids }))
@@ -606,21 +616,26 @@ fn read_tokens(m: &Metadata) -> Result<Vec<Token>, TextError> {
             return Err(TextError::invalid(SCORES, reason));
         }
     };
-    let kinds: Option<Vec<i64>> = match m.array(TYPES)? {
-        None => None,
-        Some(Array::I32(k)) => Some(k.iter().map(|&k| k.into()).collect()),
-        Some(Array::U32(k)) => Some(k.iter().map(|&k| k.into()).collect()),
-        Some(a) => {
-            let reason = format!("an array of {}, expected i32", a.element_name());
+    let kinds = m.array(TYPES)?;
+    let kind_of = |id: usize| match kinds {
+        None => Some(1),
+        Some(Array::I32(k)) => Some(i64::from(k[id])),
+        Some(Array::U32(k)) => Some(i64::from(k[id])),
+        Some(_) => None,
+    };
+    if let Some(k) = kinds {
+        check_len(TYPES, k.len())?;
+        if kind_of(0).is_none() {
+            let reason = format!("an array of {}, expected i32", k.element_name());
             return Err(TextError::invalid(TYPES, reason));
         }
-    };
-    if let Some(k) = &kinds {
-        check_len(TYPES, k.len())?;
     }
     let read = |(id, text): (usize, &String)| {
+        if text.len() > MOST_TEXT {
+            return Err(TextError::invalid(TOKENS, format!("token {id} has {} bytes", text.len())));
+        }
         let text = if text.is_empty() { format!("[EMPTY_{id}]").into() } else { Arc::from(text.as_str()) };
-        let kind = match kinds.as_ref().map_or(1, |k| k[id]) {
+        let kind = match kind_of(id).unwrap_or(1) {
             0 => TokenKind::Undefined,
             1 => TokenKind::Normal,
             2 => TokenKind::Unknown,
@@ -637,5 +652,10 @@ fn read_tokens(m: &Metadata) -> Result<Vec<Token>, TextError> {
         // Adding zero makes -0 into 0: they are equal as scores.
         Ok(Token { text, score: scores.map_or(0.0, |s| s[id] + 0.0), kind, rstrip: false })
     };
-    texts.iter().enumerate().map(read).collect()
+    let mut tokens = Vec::new();
+    tokens.try_reserve_exact(texts.len()).map_err(TextError::memory(texts.len()))?;
+    for token in texts.iter().enumerate().map(read) {
+        tokens.push(token?);
+    }
+    Ok(tokens)
 }

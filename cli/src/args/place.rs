@@ -1,0 +1,66 @@
+//! Arguments that say what goes to which device: part of all commands that load or plan a model.
+
+use crate::model::Placement;
+use clap::Args;
+use engine::plan::Device;
+use regex::Regex;
+
+/// What goes to which device.
+#[derive(Args)]
+#[command(next_help_heading = "Placement")]
+pub struct PlacementArgs {
+    /// Layers on GPUs, from the last; the output counts as one (-ngl) [default: as many as fit]
+    #[arg(long, alias = "num-gpu", value_name = "N")]
+    gpu_layers: Option<usize>,
+    /// Use this GPU alone (counted from 0)
+    #[arg(long, value_name = "I")]
+    main_gpu: Option<usize>,
+    /// Shares of the bytes on GPUs that each gets [default: by size]
+    #[arg(long, value_name = "X,...", value_delimiter = ',')]
+    tensor_split: Vec<f64>,
+    /// Keep all routed experts on the CPU
+    #[arg(long, overrides_with = "n_cpu_moe")]
+    cpu_moe: bool,
+    /// Keep the routed experts of the first N layers on the CPU
+    #[arg(long, value_name = "N", overrides_with = "cpu_moe")]
+    n_cpu_moe: Option<usize>,
+    /// Tensors whose names match a regular expression go to CPU, GPU0, GPU1 ... (-ot; repeatable)
+    #[arg(long, value_name = "PATTERN=DEVICE", value_parser = rule)]
+    override_tensor: Vec<(Regex, Device)>,
+}
+
+impl PlacementArgs {
+    pub fn resolve(self) -> Placement {
+        Placement {
+            gpu_layers: self.gpu_layers,
+            main_gpu: self.main_gpu,
+            split: self.tensor_split,
+            cpu_moe: if self.cpu_moe { Some(usize::MAX) } else { self.n_cpu_moe },
+            tensors: self.override_tensor,
+        }
+    }
+}
+
+fn rule(s: &str) -> Result<(Regex, Device), String> {
+    let (pattern, device) =
+        s.rsplit_once('=').ok_or_else(|| format!("{s:?} is not of the form PATTERN=DEVICE"))?;
+    let name = device.to_ascii_lowercase();
+    let device = match name.strip_prefix("gpu").or(name.strip_prefix("cuda")).map(str::parse) {
+        None if name == "cpu" => Device::Cpu,
+        Some(Ok(i)) => Device::Gpu(i),
+        _ => return Err(format!("{device:?} is no device (CPU, GPU0, GPU1 ...)")),
+    };
+    Ok((Regex::new(pattern).map_err(|e| e.to_string())?, device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules() {
+        assert_eq!(rule("exps=CPU").unwrap().1, Device::Cpu);
+        assert_eq!(rule("a=b=gpu1").unwrap().1, Device::Gpu(1));
+        assert!(rule("x=TPU").is_err() && rule("(=CPU").is_err() && rule("x").is_err());
+    }
+}
