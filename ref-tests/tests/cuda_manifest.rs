@@ -1,7 +1,7 @@
 //! The committed PTX is what its MANIFEST says, and so are the sources it was compiled from. Compiling them again needs Python and
 //! the pinned compiler (`kernels/src/cuda/build.py --check`); this does not.
 
-use kernels::cuda::modules::{MANIFEST, MODULES};
+use kernels::cuda::modules::{MANIFEST, MODULES, text_for};
 use ref_tests::root;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -46,8 +46,22 @@ fn sources_and_ptx_have_the_hashes_of_the_manifest() {
 fn versions_and_targets_are_the_lowest() {
     for m in MODULES {
         let module = ptx::Module::parse(m.text).unwrap_or_else(|e| panic!("{}: {e}", m.name));
-        assert_eq!((module.version.as_str(), module.target.as_str()), ("8.1", "sm_75"), "{}", m.name);
+        let target = format!("sm_{}", m.target());
+        assert_eq!((module.version.as_str(), module.target.as_str()), ("8.1", target.as_str()), "{}", m.name);
         assert!(!module.kernels().is_empty());
+    }
+}
+
+/// A module's newer text is taken by newer GPUs alone, and replaces one that all take.
+#[test]
+fn every_gpu_has_a_text_of_every_module() {
+    for m in MODULES {
+        let base = m.name.strip_suffix("_sm80").unwrap_or(m.name);
+        for sm in [75, 80, 90, 120] {
+            let text = text_for(base, sm).unwrap_or_else(|| panic!("{base} for sm_{sm}"));
+            assert!(text.target() <= sm && text.name.starts_with(base));
+        }
+        assert!(m.target() == 75 || text_for(base, 80).unwrap().name == m.name, "{}", m.name);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The CPU backend: glue between the `Backend` trait and the files beside this one.
 
-mod attention;
+pub(crate) mod attention;
 mod cache;
 pub mod isa;
 mod lanes;

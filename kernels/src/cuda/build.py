@@ -9,8 +9,10 @@ index). A kernel that spills registers on any target fails.
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import hashlib
+import os
 import pathlib
 import re
 import subprocess
@@ -25,11 +27,18 @@ OPTIONS = ["--std=c++17", "--fmad=false", "--gpu-architecture=compute_{arch}"]
 TARGETS = [75, 80, 86, 89, 90, 100, 120]
 
 QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
-# (name of the PTX file, source, format, lowest architecture)
+FLOATS = ["F32", "F16", "BF16"]
+CACHES = FLOATS + ["Q8_0", "Q4_0"]
+# (name of the PTX file, source, format, architecture). One text serves every target from its architecture on, up to that of the module's next.
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]
-    + [(f"matvec_{f.lower()}", "float.cu", f, 75) for f in ["F32", "F16", "BF16"]]
-    + [(f"attention_{f.lower()}", "attention.cu", f, 75) for f in ["F32", "F16", "BF16", "Q8_0", "Q4_0"]]
+    + [(f"matvec_{f.lower()}", "float.cu", f, 75) for f in FLOATS]
+    + [(f"matmul_{f.lower()}", "matmul.cu", f, 75) for f in QUANTISED]
+    + [(f"matmul_{f.lower()}_sm80", "matmul.cu", f, 80) for f in QUANTISED]
+    + [(f"matmul_{f.lower()}", "matmul_float.cu", f, 75) for f in FLOATS]
+    + [(f"attention_{f.lower()}", "attention.cu", f, 75) for f in CACHES]
+    + [(f"prompt_{f.lower()}", "prompt.cu", f, 75) for f in CACHES]
+    + [(f"store_{f.lower()}", "store.cu", f, 75) for f in CACHES]
     + [(name, f"{name}.cu", None, 75) for name in ["round", "router", "rows"]]
 )
 
@@ -104,11 +113,15 @@ def build(folder, out):
     """Everything that is committed, made anew below `out`."""
     nvrtc, ptxas = tools(folder)
     (out / "ptx").mkdir(exist_ok=True)
-    table, spills = [], []
+    table, spills, names, jobs = [], [], [m[0] for m in MODULES], {}
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     for name, source, fmt, arch in MODULES:
         path = out / "ptx" / f"{name}.ptx"
         path.write_text(compile_ptx(nvrtc, source, fmt, arch))
-        per = {a: resources(ptxas, path, a) for a in TARGETS if a >= arch}
+        last = 80 if f"{name}_sm80" in names else 1000
+        jobs[name] = {a: pool.submit(resources, ptxas, path, a) for a in TARGETS if arch <= a < last}
+    for name, _, _, _ in MODULES:
+        per = {a: job.result() for a, job in jobs[name].items()}
         for kernel in next(iter(per.values())):
             cells = [f"{per[a][kernel][0]}" if a in per else "-" for a in TARGETS]
             spilt = max(per[a][kernel][2] for a in per)

@@ -4,11 +4,21 @@ use quant::DType;
 
 /// The committed PTX of a module.
 pub struct Ptx {
-    /// Its name, as in `ptx/NAME.ptx`.
+    /// Its name, as in `ptx/NAME.ptx`. A text for newer GPUs ends in `_sm80`.
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
 }
+
+impl Ptx {
+    /// The lowest compute capability that takes it, as in `sm_75`.
+    pub fn target(&self) -> u32 {
+        if self.name.ends_with(NEWER) { 80 } else { 75 }
+    }
+}
+
+/// How texts are named that need compute capability 8.0: another of the same module serves Turing.
+const NEWER: &str = "_sm80";
 
 macro_rules! modules {
     ($($name:ident)*) => {
@@ -23,13 +33,25 @@ macro_rules! modules {
 modules! {
     matvec_q4_0 matvec_q4_1 matvec_q5_0 matvec_q5_1 matvec_q8_0 matvec_q2_k matvec_q3_k matvec_q4_k matvec_q5_k matvec_q6_k
     matvec_q8_k matvec_iq4_nl matvec_iq4_xs matvec_mxfp4 matvec_f32 matvec_f16 matvec_bf16
+    matmul_q4_0 matmul_q4_1 matmul_q5_0 matmul_q5_1 matmul_q8_0 matmul_q2_k matmul_q3_k matmul_q4_k matmul_q5_k matmul_q6_k
+    matmul_q8_k matmul_iq4_nl matmul_iq4_xs matmul_mxfp4 matmul_f32 matmul_f16 matmul_bf16
+    matmul_q4_0_sm80 matmul_q4_1_sm80 matmul_q5_0_sm80 matmul_q5_1_sm80 matmul_q8_0_sm80 matmul_q2_k_sm80 matmul_q3_k_sm80
+    matmul_q4_k_sm80 matmul_q5_k_sm80 matmul_q6_k_sm80 matmul_q8_k_sm80 matmul_iq4_nl_sm80 matmul_iq4_xs_sm80 matmul_mxfp4_sm80
     attention_f32 attention_f16 attention_bf16 attention_q8_0 attention_q4_0
+    prompt_f32 prompt_f16 prompt_bf16 prompt_q8_0 prompt_q4_0
+    store_f32 store_f16 store_bf16 store_q8_0 store_q4_0
     round router rows
 }
 
 /// The module of this name.
 pub fn module(name: &str) -> Option<&'static Ptx> {
     MODULES.iter().find(|m| m.name == name)
+}
+
+/// The text of this module for a GPU of compute capability `sm` (75, 80, ...): the newest that it takes.
+pub fn text_for(name: &str, sm: u32) -> Option<&'static Ptx> {
+    let newer = MODULES.iter().find(|m| m.name.strip_suffix(NEWER) == Some(name));
+    newer.filter(|m| m.target() <= sm).or_else(|| module(name))
 }
 
 /// The module that multiplies weights of `dtype` and looks up their rows.

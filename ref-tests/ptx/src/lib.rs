@@ -47,6 +47,7 @@ mod float16;
 mod lower;
 mod machine;
 mod memory;
+mod op;
 mod shared;
 mod tensor;
 mod text;

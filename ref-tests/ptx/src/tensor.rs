@@ -2,7 +2,7 @@
 //! products. Knows registers as arrays over lanes.
 
 use crate::float16::{Half, bf16, f16};
-use crate::lower::Mma;
+use crate::op::Mma;
 
 /// One register of all lanes.
 pub type Lanes = [u64; 32];
@@ -15,14 +15,15 @@ fn place(lane: usize, r: usize, i: usize, n: usize, a: bool) -> (usize, usize) {
     (row, n * inside + i + 4 * n * half)
 }
 
-/// `d = a b + c`: a is 16 x k, b k x 8.
-pub fn multiply(kind: Mma, a: &[Lanes; 4], b: &[Lanes; 2], c: &[Lanes; 4]) -> [Lanes; 4] {
+/// `d = a b + c`: a is 16 (or 8) x k, b k x 8, the registers' order that of [`Mma::registers`].
+pub fn multiply(kind: Mma, a: &[Lanes], b: &[Lanes], c: &[Lanes]) -> Vec<Lanes> {
+    let whole = !matches!(kind, Mma::F16 | Mma::Bf16);
     // Elements in a register, bits of one.
-    let (n, bits) = if kind == Mma::S8 { (4, 8) } else { (2, 16) };
+    let (n, bits) = if whole { (4, 8) } else { (2, 16) };
     let value = |x: u64| match kind {
         Mma::F16 => f16::wide(x & 0xffff),
         Mma::Bf16 => bf16::wide(x & 0xffff),
-        Mma::S8 => f64::from(x as u8 as i8),
+        _ => f64::from(x as u8 as i8),
     };
     let (mut left, mut right) = ([[0.0f64; 32]; 16], [[0.0f64; 32]; 8]);
     for lane in 0..32 {
@@ -37,20 +38,18 @@ pub fn multiply(kind: Mma, a: &[Lanes; 4], b: &[Lanes; 2], c: &[Lanes; 4]) -> [L
             }
         }
     }
-    let mut d = [[0u64; 32]; 4];
-    for (r, d) in d.iter_mut().enumerate() {
-        for (lane, d) in d.iter_mut().enumerate() {
-            let (row, col) = (lane / 4 + 8 * (r / 2), 2 * (lane % 4) + r % 2);
-            let dot: f64 = (0..8 * n).map(|k| left[row][k] * right[col][k]).sum();
-            let c = c[r][lane];
-            *d = if kind == Mma::S8 {
-                u64::from((c as u32).wrapping_add(dot as i32 as u32))
-            } else {
-                crate::alu::out((dot + f64::from(f32::from_bits(c as u32))) as f32)
-            };
+    let depth = 4 * n * b.len();
+    let at = |r: usize, lane: usize| {
+        let (row, col) = (lane / 4 + 8 * (r / 2), 2 * (lane % 4) + r % 2);
+        let dot: f64 = (0..depth).map(|k| left[row][k] * right[col][k]).sum();
+        let c = c[r][lane];
+        if whole {
+            u64::from((c as u32).wrapping_add(dot as i32 as u32))
+        } else {
+            crate::alu::out((dot + f64::from(f32::from_bits(c as u32))) as f32)
         }
-    }
-    d
+    };
+    (0..c.len()).map(|r| std::array::from_fn(|lane| at(r, lane))).collect()
 }
 
 /// What each lane gets of an 8 x 8 matrix of 16-bit elements, given by its rows of 16 bytes.

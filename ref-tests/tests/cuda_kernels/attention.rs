@@ -9,17 +9,17 @@ use ptx::Param;
 use quant::DType;
 
 /// A cache on the device, and what its rows say.
-struct Cache {
-    at: u64,
-    row: usize,
-    values: Vec<Vec<f64>>,
+pub(crate) struct Cache {
+    pub(crate) at: u64,
+    pub(crate) row: usize,
+    pub(crate) values: Vec<Vec<f64>>,
 }
 
-fn fill(rng: &mut Rng, n: usize) -> Vec<f32> {
+pub(crate) fn fill(rng: &mut Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.unit()).collect()
 }
 
-fn cache(gpu: &mut Gpu, dtype: DType, slots: usize, width: usize, rng: &mut Rng) -> Cache {
+pub(crate) fn cache(gpu: &mut Gpu, dtype: DType, slots: usize, width: usize, rng: &mut Rng) -> Cache {
     let (f, row) = (dtype.format(), row_bytes(dtype, width));
     let (mut device, mut values) = (vec![0u8; slots * row], Vec::new());
     for to in device.chunks_exact_mut(row) {
@@ -44,12 +44,12 @@ fn lists(gpu: &mut Gpu, visible: &Visible) -> (u64, u64, usize) {
     (gpu.words(&spans), gpu.words(&ends), longest)
 }
 
-fn span(start: usize, len: usize, sink: bool) -> Span {
+pub(crate) fn span(start: usize, len: usize, sink: bool) -> Span {
     Span { start: start as u32, len: len as u32, sink }
 }
 
 /// Rows of different depth; with `ring`, four sinks and a ring whose oldest entry lies near its end.
-fn visible(rows: usize, depth: usize, slots: usize, ring: bool) -> Visible {
+pub(crate) fn visible(rows: usize, depth: usize, slots: usize, ring: bool) -> Visible {
     let mut v = Visible::default();
     for i in 0..rows {
         let seen = depth.saturating_sub(7 * i).max(1);
@@ -68,7 +68,7 @@ fn visible(rows: usize, depth: usize, slots: usize, ring: bool) -> Visible {
 }
 
 /// Softmax of the scores and the weighted sum of the values, in f64.
-fn attend(
+pub(crate) fn attend(
     entries: &[(usize, bool)],
     score: impl Fn(usize, bool) -> f64,
     value: impl Fn(usize) -> Vec<f64>,
@@ -84,15 +84,15 @@ fn attend(
     out
 }
 
-fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
+pub(crate) fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
     v.row(row).iter().flat_map(|s| (s.start..s.start + s.len).map(|i| (i as usize, s.sink))).collect()
 }
 
-fn dot(q: &[f32], k: &[f64]) -> f64 {
+pub(crate) fn dot(q: &[f32], k: &[f64]) -> f64 {
     q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum()
 }
 
-fn close(got: &[f32], want: &[f64], what: &str) {
+pub(crate) fn close(got: &[f32], want: &[f64], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         assert!((f64::from(*g) - w).abs() <= 3e-6, "{what}: element {i} is {g}, not {w}");

@@ -2,9 +2,12 @@
 //! summation is the kernel's too.
 
 mod attention;
+mod matmul;
 mod matvec;
+mod prompt;
 mod router;
 mod rows;
+mod store;
 
 use kernels::cuda::modules::Ptx;
 use ptx::{Machine, Module, Param, PtxError};

@@ -199,3 +199,43 @@ fn the_largest_logit_is_found_and_ties_go_to_the_lower() {
         assert_eq!(got, [best as u32, 0, 0, len as u32 - 1], "{len} logits");
     }
 }
+
+/// In two calls, as for long rows: parts, then what the parts gave.
+#[test]
+fn the_best_logits_come_in_order() {
+    for (len, per, k) in [(1, 1, 3), (300, 100, 5), (1000, 256, 40), (513, 512, 1), (90, 32, 90)] {
+        let rows = 3;
+        let mut x = fill(&mut Rng(len as u64), rows * len);
+        // Row 1: few different values. Row 2: NaN, infinities and both zeros.
+        x[len..2 * len].iter_mut().for_each(|v| *v = (*v * 3.0).round());
+        x[2 * len..].iter_mut().step_by(7).for_each(|v| *v = f32::NAN);
+        x[2 * len..].iter_mut().skip(1).step_by(5).for_each(|v| *v = f32::NEG_INFINITY);
+        x[2 * len..]
+            .iter_mut()
+            .skip(3)
+            .step_by(4)
+            .for_each(|v| *v = if v.to_bits() & 1 == 0 { 0.0 } else { -0.0 });
+        let mut g = gpu();
+        let parts = len.div_ceil(per);
+        let dx = g.floats(&x);
+        let [some, best] = [parts * k, k].map(|n| [g.room(rows * n), g.room(rows * n)]);
+        let params = [p(dx), n(len), p(0), n(len), n(per), n(k), p(some[0]), p(some[1])];
+        g.run("top_k", [parts, rows], 256, &params);
+        let all = parts * k;
+        let params = [p(some[0]), n(all), p(some[1]), n(all), n(all), n(k), p(best[0]), p(best[1])];
+        g.run("top_k", [1, rows], 256, &params);
+        let ids: Vec<u32> = g.read(best[1], rows * k).iter().map(|v| v.to_bits()).collect();
+        let values = g.read(best[0], rows * k);
+        for (r, x) in x.chunks_exact(len).enumerate() {
+            let mut order: Vec<usize> = (0..len).collect();
+            let key = |i: &usize| if x[*i].is_nan() { (0, 0.0) } else { (1, x[*i] + 0.0) };
+            order.sort_by(|a, b| key(b).partial_cmp(&key(a)).unwrap().then(a.cmp(b)));
+            let want: Vec<u32> = (0..k).map(|j| order.get(j).map_or(u32::MAX, |i| *i as u32)).collect();
+            assert_eq!(ids[r * k..][..k], want, "row {r} of {len}");
+            for (v, i) in values[r * k..][..k].iter().zip(&want) {
+                let want = x.get(*i as usize).copied().unwrap_or(f32::NEG_INFINITY);
+                assert_eq!(v.to_bits(), want.to_bits());
+            }
+        }
+    }
+}

@@ -8,7 +8,7 @@ mod decode;
 mod expanded;
 mod mass;
 mod mla;
-mod rows;
+pub(crate) mod rows;
 #[cfg(test)]
 mod tests;
 mod tile;

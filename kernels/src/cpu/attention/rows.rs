@@ -17,17 +17,19 @@ pub struct Segment {
 pub struct TileRows {
     /// Rows of the call.
     pub rows: Range<usize>,
-    segments: Range<usize>,
-    ranges: usize,
+    /// Of the plan's segments.
+    pub segments: Range<usize>,
+    /// Where its ranges begin.
+    pub ranges: usize,
 }
 
 /// The tiles of a call. Kept between calls, so that it allocates only while it grows.
 #[derive(Default)]
 pub struct Plan {
     pub tiles: Vec<TileRows>,
-    segments: Vec<Segment>,
+    pub segments: Vec<Segment>,
     /// Per tile `[segments][rows]`: the slots of the segment that the row sees, empty as (0, 0).
-    ranges: Vec<(u32, u32)>,
+    pub ranges: Vec<(u32, u32)>,
 }
 
 /// A row's spans with those that continue each other joined.

@@ -74,6 +74,13 @@ __device__ __forceinline__ float exp_exact(float x) {
 // 1 / (1 + e^-x).
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp_exact(0.0f - x)); }
 
+// The gate of a feed-forward layer: 0 SiLU, 1 GELU (tanh form).
+__device__ __forceinline__ float activation(float x, u32 act) {
+    if (act == 0) return x * sigmoid(x);
+    const float cubic = fmaf(x * x, 0.044715f, 1.0f);
+    return x * sigmoid((x * (2.0f * 0.7978846f)) * cubic);
+}
+
 // The sum over `width` neighbouring lanes, i and i + width / 2 first; every lane gets it.
 template <int width>
 __device__ __forceinline__ float sum_lanes(float v) {

@@ -2,22 +2,9 @@
 //
 // A warp makes one output feature; lane l sums elements l, l + 32, ... by fused multiply-adds, then the tree of docs/numerics.md:
 // the CPU's bits. Consecutive lanes load consecutive elements, so that loads are whole sectors at any alignment of a row.
-#include "common.cuh"
+#include "floats.cuh"
 
 #define ROWS 4 // output features (warps) of a block
-
-struct F32 {
-    typedef float T;
-    static __device__ __forceinline__ float get(float x) { return x; }
-};
-struct F16 {
-    typedef u16 T;
-    static __device__ __forceinline__ float get(u16 x) { return f16(x); }
-};
-struct BF16 {
-    typedef u16 T;
-    static __device__ __forceinline__ float get(u16 x) { return bf16(x); }
-};
 
 template <class F, int C>
 __device__ __forceinline__ void matvec(

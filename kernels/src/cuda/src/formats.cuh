@@ -272,3 +272,14 @@ struct IQ4_XS {
         s.d = f16((u16)head) * ((float)ls - 32.0f);
     }
 };
+
+// Sub-block b of group i of a row of `blocks` blocks; zeros where the row has ended, or is not there at all.
+template <class F>
+__device__ __forceinline__ void load_part(Sub& s, bool there, const u8* row, u32 blocks, u32 i, u32 b) {
+    s.d = s.m[0] = s.m[1] = 0.0f;
+    s.sc[0] = s.sc[1] = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) s.q[j] = F::ZERO * 0x01010101u;
+    const u32 at = F::BLOCK == 256 ? i : 8 * i + b;
+    if (there && at < blocks) F::load(s, row, blocks, at, b);
+}

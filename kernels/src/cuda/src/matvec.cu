@@ -3,16 +3,10 @@
 // A warp makes one output feature. Lane 8g + b takes sub-block b of groups g, g + 4, ...; the eight running sums of
 // docs/numerics.md travel from the lanes of one group to those of the next, so that they meet the groups in order: the bits are
 // those of the CPU's scalar kernel, while 32 lanes load. Every weight is loaded once for all columns.
+#include "block.cuh"
 #include "formats.cuh"
 
 #define ROWS 4 // output features (warps) of a block
-
-// 256 activations rounded to int8 per 32: kernels/src/cpu/quantized.rs, with the integer sums of each run of 16.
-struct Block {
-    i8 q[256];
-    float scale[8], sum[8], half[16];
-    int isum[16];
-};
 
 template <class F, int C>
 __device__ __forceinline__ void matvec(
@@ -33,11 +27,7 @@ __device__ __forceinline__ void matvec(
         const u32 i = at + g;
         const bool here = i < groups;
         Sub s;
-        s.d = s.m[0] = s.m[1] = 0.0f;
-        s.sc[0] = s.sc[1] = 0;
-#pragma unroll
-        for (int j = 0; j < 8; j++) s.q[j] = 0;
-        if (F::BLOCK == 256 ? here : 8 * i + b < blocks) F::load(s, w, blocks, F::BLOCK == 256 ? i : 8 * i + b, b);
+        load_part<F>(s, true, w, blocks, i, b);
 #pragma unroll
         for (int c = 0; c < C; c++) {
             float dot = 0.0f, d = 0.0f, sum[2] = {0.0f, 0.0f};

@@ -1,11 +1,5 @@
 // Activations rounded to int8 per 32 values, bit for bit as kernels/src/cpu/round.rs does it (docs/numerics.md).
-#include "common.cuh"
-
-struct Block {
-    i8 q[256];
-    float scale[8], sum[8], half[16];
-    int isum[16];
-};
+#include "block.cuh"
 
 // x [rows, len] to blocks of 256, the last filled up with zeros. The grid: (blocks of a row, rows), 256 threads; a warp rounds a
 // sub-block of 32, one value a lane.

@@ -112,3 +112,48 @@ extern "C" __global__ void __launch_bounds__(WARP) route(
         if (t == 0) weights[k] = p[at.index] / sum * scale;
     }
 }
+
+// Jobs sorted by expert, those of one in order, and the tiles of 32 that `matmul` takes: tile k is (expert, first place, end). There is
+// room for jobs / 32 + experts tiles; those not needed are left empty. The grid: experts, 256 threads, shared memory for `experts` words.
+extern "C" __global__ void __launch_bounds__(256) sort_experts(const u32* ids, u32 jobs, u32* order, u32* tiles) {
+    extern __shared__ u32 counts[];
+    __shared__ u32 first, tile, ranks[8];
+    const u32 t = threadIdx.x, lane = t % WARP, e = blockIdx.x, experts = gridDim.x;
+    for (u32 i = t; i < experts; i += 256) counts[i] = 0;
+    if (t == 0) first = tile = 0;
+    __syncthreads();
+    for (u32 i = t; i < jobs; i += 256) atomicAdd(counts + ids[i], 1u);
+    __syncthreads();
+    // What lies before this expert's: integers, so that no order of adding matters.
+    for (u32 i = t; i < e; i += 256) {
+        atomicAdd(&first, counts[i]);
+        atomicAdd(&tile, (counts[i] + 31) / 32);
+    }
+    __syncthreads();
+    const u32 begin = first, end = begin + counts[e], mine = (counts[e] + 31) / 32;
+    for (u32 i = t; i < mine; i += 256) {
+        u32* to = tiles + 3 * (tile + i);
+        to[0] = e;
+        to[1] = begin + 32 * i;
+        to[2] = begin + 32 * i + 32 < end ? begin + 32 * i + 32 : end;
+    }
+    if (e == experts - 1) {
+        for (u32 i = tile + mine + t; i < jobs / 32 + experts; i += 256) tiles[3 * i] = tiles[3 * i + 1] = tiles[3 * i + 2] = 0;
+    }
+    u32 place = begin;
+    for (u32 at = 0; at < jobs; at += 256) {
+        const bool here = at + t < jobs && ids[at + t] == e;
+        const u32 vote = __ballot_sync(ALL, here);
+        if (lane == 0) ranks[t / WARP] = __popc(vote);
+        __syncthreads();
+        u32 rank = __popc(vote & ((1u << lane) - 1)), all = 0;
+#pragma unroll
+        for (int w = 0; w < 8; w++) {
+            if (w < t / WARP) rank += ranks[w];
+            all += ranks[w];
+        }
+        if (here) order[place + rank] = at + t;
+        place += all;
+        __syncthreads();
+    }
+}

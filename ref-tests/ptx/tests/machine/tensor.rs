@@ -85,8 +85,8 @@ fn half_products() {
     }
 }
 
-#[test]
-fn byte_products() {
+/// One shape of byte products: registers of a, b and c.
+fn check_bytes(shape: &str, registers: [usize; 3]) {
     let a = |r: usize, k: usize| ((31 * r + 17 * k) % 256) as u8 as i8;
     let b = |k: usize, n: usize| ((13 * k + 41 * n) % 256) as u8 as i8;
     let four = |f: &dyn Fn(usize) -> i8| u32::from_le_bytes([0, 1, 2, 3].map(|i| f(i) as u8));
@@ -103,16 +103,32 @@ fn byte_products() {
         })
     });
     let rc = pack(|l, r| (l * 4 + r) as u32);
-    let body = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1, %r2, %r3, %r4}, {%r10, %r11, %r12, %r13}, \
-                {%r14, %r15}, {%r16, %r17, %r18, %r19};";
-    let got = run(body, &[(0..4).map(ra).collect(), (0..2).map(rb).collect(), (0..4).map(rc).collect()]);
+    let [na, nb, nc] = registers;
+    let list =
+        |from: usize, n: usize| (from..from + n).map(|i| format!("%r{i}")).collect::<Vec<_>>().join(", ");
+    let unused: String = (nc..4).map(|i| format!("mov.u32 %r{}, 0;\n", 1 + i)).collect();
+    let body = format!(
+        "{unused}mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32 {{{}}}, {{{}}}, {{{}}}, {{{}}};",
+        list(1, nc),
+        list(10, na),
+        list(10 + na, nb),
+        list(10 + na + nb, nc)
+    );
+    let got = run(&body, &[(0..na).map(ra).collect(), (0..nb).map(rb).collect(), (0..nc).map(rc).collect()]);
     for (l, got) in got.iter().enumerate() {
-        for (r, got) in got.iter().enumerate() {
+        for (r, got) in got[..nc].iter().enumerate() {
             let (row, col) = c_at(l, r);
-            let dot: i32 = (0..32).map(|k| i32::from(a(row, k)) * i32::from(b(k, col))).sum();
-            assert_eq!(*got as i32, dot + (l * 4 + r) as i32, "row {row}, column {col}");
+            let dot: i32 = (0..16 * nb).map(|k| i32::from(a(row, k)) * i32::from(b(k, col))).sum();
+            assert_eq!(*got as i32, dot + (l * 4 + r) as i32, "{shape}: row {row}, column {col}");
         }
     }
+}
+
+#[test]
+fn byte_products() {
+    check_bytes("m16n8k32", [4, 2, 4]);
+    check_bytes("m16n8k16", [2, 1, 4]);
+    check_bytes("m8n8k16", [1, 1, 2]);
 }
 
 #[test]

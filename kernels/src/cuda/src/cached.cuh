@@ -1,0 +1,53 @@
+// Cache rows as kernels read them, by type, and the lists of what a query sees. Rows lie in device memory as weight rows do: planes of a
+// row's fields (kernels/src/cuda/layout.rs).
+#pragma once
+#include "common.cuh"
+
+struct F32 {
+    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return __ldg((const float*)row + i); }
+};
+struct F16 {
+    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return f16(__ldg((const u16*)row + i)); }
+};
+struct BF16 {
+    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return bf16(__ldg((const u16*)row + i)); }
+};
+// `width` is that of the row: the plane of scales follows that of the integers.
+struct Q8_0 {
+    static __device__ __forceinline__ float get(const u8* row, u32 width, u32 i) {
+        return (float)(i8)__ldg(row + i) * f16(__ldg((const u16*)(row + width) + i / 32));
+    }
+};
+struct Q4_0 {
+    static __device__ __forceinline__ float get(const u8* row, u32 width, u32 i) {
+        const u32 q = (__ldg(row + 16 * (i / 32) + i % 16) >> (4 * (i % 32 / 16))) & 15;
+        return ((float)q - 8.0f) * f16(__ldg((const u16*)(row + width / 2) + i / 32));
+    }
+};
+
+// Slots start .. start + len; sinks are scored with the query's second rotation.
+struct Span {
+    u32 start, len, sink;
+};
+
+// A cache [slots, width].
+struct Cache {
+    const u8* data;
+    u64 row_bytes;
+    u32 width;
+    __device__ __forceinline__ float at(u32 slot, u32 i) const { return FORMAT::get(data + row_bytes * slot, width, i); }
+};
+
+// Slot and kind of the entry at place `at` of a row's list.
+__device__ __forceinline__ void find(const Span* s, u32 at, u32& slot, u32& sink) {
+    while (at >= s->len) at -= (s++)->len;
+    slot = s->start + at;
+    sink = s->sink;
+}
+
+__device__ __forceinline__ u32 seen(const Span* spans, const u32* ends, u32 row, u32& first) {
+    first = row ? ends[row - 1] : 0;
+    u32 n = 0;
+    for (u32 i = first; i < ends[row]; i++) n += spans[i].len;
+    return n;
+}

@@ -1,0 +1,126 @@
+//! Rows of caches written, read, moved, saved and loaded: the bytes that `quant` packs, in the device's layout.
+
+use crate::{Gpu, n, p};
+use kernels::KvBuf;
+use kernels::cuda::layout::{pack_row, row_bytes};
+use kernels::cuda::modules::module;
+use kernels::testing::Rng;
+use quant::DType;
+
+/// Rows as they come, and those that search for scales differently: zeros, one outlier, tiny, large beyond f16, not finite.
+fn values(rng: &mut Rng, rows: usize, cols: usize) -> Vec<f32> {
+    let mut x: Vec<f32> = (0..rows * cols).map(|_| rng.unit()).collect();
+    for (i, row) in x.chunks_exact_mut(cols).enumerate() {
+        match i % 9 {
+            1 => row.fill(0.0),
+            2 => row[cols / 2] = -40.0,
+            3 => row.iter_mut().for_each(|v| *v *= 1e-6),
+            4 => row.iter_mut().for_each(|v| *v *= 1e9),
+            5 => (row[0], row[cols - 1]) = (f32::NAN, f32::NEG_INFINITY),
+            6 => row.iter_mut().for_each(|v| *v = -(v.abs() * 7.0).round()),
+            7 => row.fill(-0.0),
+            8 => row.iter_mut().for_each(|v| *v *= 3e-39),
+            _ => {}
+        }
+    }
+    x
+}
+
+fn packed(dtype: DType, x: &[f32]) -> Vec<u8> {
+    let f = dtype.format();
+    let mut host = vec![0; dtype.row_bytes(x.len()).unwrap()];
+    (f.quantize.unwrap())(x, &mut host, None);
+    let mut to = vec![0; row_bytes(dtype, x.len())];
+    pack_row(dtype, &host, &mut to);
+    to
+}
+
+#[test]
+fn rows_are_stored_as_quant_packs_them() {
+    for dtype in KvBuf::TYPES {
+        for (width, seed) in [(32, 1), (96, 2), (576, 3)] {
+            let mut rng = Rng(seed);
+            let (rows, slots) = (11, 14);
+            let x = values(&mut rng, rows, width);
+            let places: Vec<u32> = (0..rows as u32).map(|i| (i * 5 + 3) % slots as u32).collect();
+            let row = row_bytes(dtype, width);
+            let mut g = Gpu::new(module(&format!("store_{}", dtype.name())).unwrap());
+            let (dx, cache, dslots) = (g.floats(&x), g.machine.alloc(slots * row), g.words(&places));
+            let params = [p(dx), n(width), n(width), p(cache), p(row as u64), n(width), n(0), p(dslots)];
+            g.run("cache_write", [width.div_ceil(256), rows], 256, &params);
+            for (i, slot) in places.iter().enumerate() {
+                let got = g.machine.peek(cache + (*slot as usize * row) as u64, row).unwrap();
+                let want = packed(dtype, &x[i * width..][..width]);
+                // What pads a plane is nobody's: never written, never read. NaN is NaN.
+                let differs = got.iter().zip(&want).position(|(g, w)| g.is_some_and(|g| g != *w));
+                let nan = dtype.format().block_len == 1 && i % 9 == 5;
+                assert!(differs.is_none() || nan, "{dtype}, {width} columns, row {i}: byte {differs:?}");
+                let written = got.iter().filter(|b| b.is_some()).count();
+                assert_eq!(written, dtype.row_bytes(width).unwrap(), "{dtype}, {width} columns");
+            }
+            // And read back, some columns of it.
+            let (from, to) = if width == 32 { (0, 32) } else { (32, width) };
+            let out = g.room(rows * (to - from));
+            let params =
+                [p(cache), p(row as u64), n(width), n(from), p(dslots), n(to - from), p(out), n(to - from)];
+            g.run("cache_read", [(to - from).div_ceil(256), rows], 256, &params);
+            let got = g.read(out, rows * (to - from));
+            for (i, got) in got.chunks_exact(to - from).enumerate() {
+                let f = dtype.format();
+                let mut host = vec![0; dtype.row_bytes(width).unwrap()];
+                (f.quantize.unwrap())(&x[i * width..][..width], &mut host, None);
+                let mut want = vec![0.0; width];
+                (f.dequantize)(&host, &mut want);
+                for (g, w) in got.iter().zip(&want[from..to]) {
+                    let same = g.to_bits() == w.to_bits() || g.is_nan() && w.is_nan();
+                    assert!(same, "{dtype}, {width} columns, row {i}: {g:e}, not {w:e}");
+                }
+            }
+        }
+    }
+}
+
+/// Columns of a row are replaced, the others stay: what turning keys does.
+#[test]
+fn some_columns_are_written() {
+    for dtype in KvBuf::TYPES {
+        let (width, from, cols) = (128, 64, 32);
+        let mut rng = Rng(4);
+        let (old, new) = (values(&mut rng, 1, width), values(&mut rng, 1, cols));
+        let row = row_bytes(dtype, width);
+        let mut g = Gpu::new(module(&format!("store_{}", dtype.name())).unwrap());
+        let (cache, slots, dx) = (g.bytes(&packed(dtype, &old)), g.words(&[0]), g.floats(&new));
+        let params = [p(dx), n(cols), n(cols), p(cache), p(row as u64), n(width), n(from), p(slots)];
+        g.run("cache_write", [1, 1], 256, &params);
+        let mut want = old;
+        want[from..from + cols].copy_from_slice(&new);
+        assert_eq!(g.machine.read(cache, row).unwrap(), packed(dtype, &want), "{dtype}");
+    }
+}
+
+#[test]
+fn rows_are_copied_from_slot_to_slot() {
+    // Whole rows in runs of 16 bytes; columns of two planes in runs of 2.
+    for (row, at) in [(96, [0, 96, 0, 0]), (96, [32, 16, 80, 16]), (96, [2, 30, 66, 4]), (38, [0, 38, 0, 0])]
+    {
+        let mut rng = Rng(row as u64);
+        let bytes: Vec<u8> = (0..5 * row).map(|_| rng.bits() as u8).collect();
+        let mut g = Gpu::new(module("rows").unwrap());
+        let (cache, from, to) = (g.bytes(&bytes), g.words(&[4, 0, 3]), g.words(&[1, 4, 2]));
+        let staging = g.machine.alloc(3 * row);
+        let ranges = at.map(n);
+        let mut params = vec![p(cache), p(row as u64), p(from), p(staging), p(row as u64), p(0)];
+        params.extend(ranges);
+        g.run("copy_rows", [1, 3], 256, &params);
+        let mut params = vec![p(staging), p(row as u64), p(0), p(cache), p(row as u64), p(to)];
+        params.extend(ranges);
+        g.run("copy_rows", [2, 3], 256, &params);
+        let mut want = bytes.clone();
+        for (from, to) in [(4, 1), (0, 4), (3, 2)] {
+            for r in [at[0]..at[0] + at[1], at[2]..at[2] + at[3]] {
+                want[to * row..][r.clone()].copy_from_slice(&bytes[from * row..][r]);
+            }
+        }
+        assert_eq!(g.machine.read(cache, 5 * row).unwrap(), want, "{row} bytes, {at:?}");
+    }
+}
