@@ -87,6 +87,26 @@ fn ollamas_routes() {
     assert!(object["name"].is_string(), "{object}");
 }
 
+/// What a file says of itself is remembered for as long as it is the same file.
+#[test]
+fn models_that_change_are_read_again() {
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../ref-tests");
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::copy(fixtures.join("demo-model/demo-q8_0.gguf"), file("first.gguf")).unwrap();
+    std::fs::copy(fixtures.join("fixtures/llama/model.gguf"), file("second.gguf")).unwrap();
+    let s = Server::start(&["-m", &file("first.gguf"), &file("second.gguf")], &[]);
+    let family = || {
+        let tags = s.get("/api/tags").json();
+        let second =
+            tags["models"].as_array().unwrap().iter().find(|m| m["name"] == "second:latest").cloned();
+        second.expect("it is listed")["details"]["family"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((family(), family()), ("llama".into(), "llama".into()));
+    std::fs::copy(fixtures.join("fixtures/qwen2/model.gguf"), file("second.gguf")).unwrap();
+    assert_eq!(family(), "qwen2");
+}
+
 #[test]
 fn openais_routes() {
     let s = Server::start(&["--parallel", "3"], &[]);
