@@ -339,3 +339,47 @@ fn activations_are_rounded_as_on_the_cpu() {
         }
     }
 }
+
+/// A norm or a gate before the rounding is what its own kernel gives, rounded.
+#[test]
+fn norms_and_gates_are_rounded_at_once() {
+    let ptx = module("round").unwrap();
+    for (i, cols) in [1usize, 17, 256, 300, 700].into_iter().enumerate() {
+        let mut rng = Rng(i as u64);
+        let (rows, blocks) = (2, cols.div_ceil(256));
+        let (x, up) = (rng.activations(rows * cols), rng.activations(rows * cols));
+        let w: Vec<f32> = (0..cols).map(|_| rng.unit()).collect();
+        let act = i % 2;
+        let mut plain = Gpu::new(module("rows").unwrap());
+        let (dx, du, dw) = (plain.floats(&x), plain.floats(&up), plain.floats(&w));
+        let normed = plain.room(rows * cols);
+        let (c, eps) = (n(cols), Param::F32(1e-5));
+        plain.run("rms_norm", [1, rows], 256, &[p(dx), c, p(dw), c, eps, p(normed), c]);
+        let normed = plain.read(normed, rows * cols);
+        plain.run("glu", [cols.div_ceil(256), rows], 256, &[p(dx), c, p(du), c, c, n(act)]);
+        let gated = plain.read(dx, rows * cols);
+        let rounded = |entry: &str, params: &dyn Fn(&mut Gpu, u64) -> Vec<Param>| {
+            let mut gpu = Gpu::new(ptx);
+            let out = gpu.machine.alloc(rows * blocks * 448);
+            let params = params(&mut gpu, out);
+            gpu.run(entry, [blocks, rows], 256, &params);
+            (gpu.machine.read(out, rows * blocks * 448).unwrap(), gpu)
+        };
+        let of = |x: &[f32]| rounded("round_rows", &|g, out| vec![p(g.floats(x)), c, c, p(out), n(blocks)]).0;
+        let (got, _) = rounded("round_glu", &|g, out| {
+            vec![p(g.floats(&x)), c, p(g.floats(&up)), c, c, n(act), p(out), n(blocks)]
+        });
+        assert!(got == of(&gated), "gate of {cols}");
+        for keep in [false, true] {
+            let y = std::cell::Cell::new(0);
+            let (got, gpu) = rounded("round_norm", &|g, out| {
+                y.set(if keep { g.room(rows * cols) } else { 0 });
+                vec![p(g.floats(&x)), c, p(g.floats(&w)), c, eps, p(y.get()), c, p(out), n(blocks)]
+            });
+            assert!(got == of(&normed), "norm of {cols}");
+            if keep {
+                assert_bits(&gpu.read(y.get(), rows * cols), &normed, || format!("norm of {cols}"));
+            }
+        }
+    }
+}

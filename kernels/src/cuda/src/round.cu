@@ -1,11 +1,11 @@
-// Activations rounded to int8 per 32 values, bit for bit as kernels/src/cpu/round.rs does it (docs/numerics.md).
+// Activations rounded to int8 per 32 values, bit for bit as kernels/src/cpu/round.rs does it (docs/numerics.md); as they are, or what a
+// norm or a gate makes of them, so that neither takes a launch and a pass of its own.
 #include "block.cuh"
+#include "norm.cuh"
 
-// x [rows, len] to blocks of 256, the last filled up with zeros. The grid: (blocks of a row, rows), 256 threads; a warp rounds a
-// sub-block of 32, one value a lane.
-extern "C" __global__ void __launch_bounds__(256) round_rows(const float* x, u32 x_stride, u32 len, Block* out, u32 out_stride) {
-    const u32 lane = threadIdx.x % WARP, b = threadIdx.x / WARP, at = blockIdx.x * 256 + threadIdx.x;
-    const float v = at < len ? x[(u64)blockIdx.y * x_stride + at] : 0.0f;
+// One value a thread, 256 of them, to block blockIdx.x of row blockIdx.y: a warp rounds a sub-block of 32.
+__device__ __forceinline__ void round_block(float v, Block* out, u32 out_stride) {
+    const u32 lane = threadIdx.x % WARP, b = threadIdx.x / WARP;
     Block& o = out[(u64)blockIdx.y * out_stride + blockIdx.x];
     const bool poison = __any_sync(ALL, !(v - v == 0.0f));
     float max = fabsf(v);
@@ -40,4 +40,29 @@ extern "C" __global__ void __launch_bounds__(256) round_rows(const float* x, u32
         o.scale[b] = scale;
         o.sum[b] = scale * (half + other);
     }
+}
+
+// x [rows, len] to blocks of 256, the last filled up with zeros. The grid: (blocks of a row, rows), 256 threads.
+extern "C" __global__ void __launch_bounds__(256) round_rows(const float* x, u32 x_stride, u32 len, Block* out, u32 out_stride) {
+    const u32 at = blockIdx.x * 256 + threadIdx.x;
+    round_block(at < len ? x[(u64)blockIdx.y * x_stride + at] : 0.0f, out, out_stride);
+}
+
+// The same of act(gate) * up: `glu` (rows.cu) and `round_rows` in one.
+extern "C" __global__ void __launch_bounds__(256) round_glu(
+    const float* gate, u32 gate_stride, const float* up, u32 up_stride, u32 len, u32 act, Block* out, u32 out_stride) {
+    const u32 at = blockIdx.x * 256 + threadIdx.x;
+    const u64 row = blockIdx.y;
+    round_block(at < len ? activation(gate[row * gate_stride + at], act) * up[row * up_stride + at] : 0.0f, out, out_stride);
+}
+
+// The same of x / rms(x) * w: `rms_norm` of whole rows and `round_rows` in one; the norm itself goes to y where that is given. Every block
+// sums the row's squares anew: it lies in the second-level cache.
+extern "C" __global__ void __launch_bounds__(256) round_norm(
+    const float* x, u32 x_stride, const float* w, u32 len, float eps, float* y, u32 y_stride, Block* out, u32 out_stride) {
+    const u32 at = blockIdx.x * 256 + threadIdx.x;
+    x += (u64)blockIdx.y * x_stride;
+    const float inv = inverse_rms(x, len, eps), v = at < len ? x[at] * inv * w[at] : 0.0f;
+    if (y && at < len) y[(u64)blockIdx.y * y_stride + at] = v;
+    round_block(v, out, out_stride);
 }

@@ -8,6 +8,7 @@ extern "C" __global__ void __launch_bounds__(64) router_logits(const float* w, c
     w += (u64)blockIdx.x * d;
     x += (u64)blockIdx.y * x_stride;
     float acc = 0.0f;
+#pragma unroll 8
     for (u32 i = t; i < whole; i += 64) acc = fmaf(w[i], x[i], acc);
     lanes[t] = acc;
     __syncthreads();

@@ -1,32 +1,16 @@
 // Operations on rows of activations: norms, rotary embedding, gated activation, sums, gathers, the best logit. Each gives the bits of its
 // CPU twin in kernels/src/cpu/ops.rs.
-#include "common.cuh"
+#include "norm.cuh"
 
 // out[r][h] = x[r][h] / rms(x[r][h]) * w for heads of n values; a whole row is one head. The grid: (heads, rows), 256 threads.
-// Squares are summed in 64 lanes as the CPU does; x and out may be the same.
+// x and out may be the same.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(
     const float* x, u32 x_stride, const float* w, u32 n, float eps, float* out, u32 out_stride) {
-    __shared__ float lanes[64];
-    __shared__ float inv;
-    const u32 t = threadIdx.x, whole = n / 16 * 16;
     x += (u64)blockIdx.y * x_stride + (u64)blockIdx.x * n;
     out += (u64)blockIdx.y * out_stride + (u64)blockIdx.x * n;
-    if (t < 64) {
-        float acc = 0.0f;
-        for (u32 i = t; i < whole; i += 64) acc = fmaf(x[i], x[i], acc);
-        lanes[t] = acc;
-    }
-    __syncthreads();
-    if (t < WARP) {
-        const u32 l = t % 16;
-        float sum = sum_lanes<16>((lanes[l] + lanes[16 + l]) + (lanes[32 + l] + lanes[48 + l]));
-        if (t == 0) {
-            for (u32 i = whole; i < n; i++) sum += x[i] * x[i];
-            inv = 1.0f / sqrtf(sum / (float)n + eps);
-        }
-    }
-    __syncthreads();
-    for (u32 i = t; i < n; i += 256) out[i] = x[i] * inv * w[i];
+    const float inv = inverse_rms(x, n, eps);
+#pragma unroll 8
+    for (u32 i = threadIdx.x; i < n; i += 256) out[i] = x[i] * inv * w[i];
 }
 
 // Rotates pair p of every head in place by the angles of its row: cos_sin[r] = cos[half], then sin[half]. Pairs are (2p, 2p+1), or
