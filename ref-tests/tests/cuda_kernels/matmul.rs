@@ -20,9 +20,16 @@ fn texts(dtype: DType) -> Vec<&'static Ptx> {
     all
 }
 
-/// Features that a block makes, and its threads.
-fn block(dtype: DType) -> (usize, u32) {
-    if rounds(dtype) { (64, 512) } else { (32, 256) }
+/// An entry point: its name, features and columns of a block, its threads.
+#[derive(Clone, Copy)]
+struct Entry(&'static str, usize, usize, u32);
+
+fn entries(dtype: DType) -> &'static [Entry] {
+    if rounds(dtype) {
+        &[Entry("matmul", 64, 32, 512), Entry("matmul_16", 16, 16, 256)]
+    } else {
+        &[Entry("matmul", 32, 32, 256)]
+    }
 }
 
 /// What `matmul` takes; zero pointers are absent.
@@ -44,10 +51,10 @@ struct Job {
     add: bool,
 }
 
-fn run(gpu: &mut Gpu, j: &Job) {
+fn run(gpu: &mut Gpu, entry: Entry, j: &Job) {
     let row = row_bytes(j.dtype, j.cols);
     let (order, list, tiles) = j.grouped;
-    let (features, threads) = block(j.dtype);
+    let Entry(name, features, columns, threads) = entry;
     let made = if j.up == 0 { features } else { features / 2 };
     let params = [
         p(j.w),
@@ -68,11 +75,11 @@ fn run(gpu: &mut Gpu, j: &Job) {
         n(j.rows),
         n(usize::from(j.add)),
     ];
-    let tiles = if list == 0 { j.columns.div_ceil(32) } else { tiles };
-    gpu.run("matmul", [tiles, j.rows.div_ceil(made)], threads, &params);
+    let tiles = if list == 0 { j.columns.div_ceil(columns) } else { tiles * 32 / columns };
+    gpu.run(name, [tiles, j.rows.div_ceil(made)], threads, &params);
 }
 
-fn check(text: &Ptx, c: &Case, seed: u64) {
+fn check(text: &Ptx, entry: Entry, c: &Case, seed: u64) {
     let (host, x, bias, before) = operands(c, seed);
     let mut gpu = Gpu::new(text);
     let (_, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);
@@ -94,9 +101,9 @@ fn check(text: &Ptx, c: &Case, seed: u64) {
         out,
         add: c.add,
     };
-    run(&mut gpu, &job);
+    run(&mut gpu, entry, &job);
     assert_bits(&gpu.read(out, c.columns * c.rows), &twin(c, seed), || {
-        format!("{} [{}, {}] x {}, {:?}", text.name, c.rows, c.cols, c.columns, c.fill)
+        format!("{} of {} [{}, {}] x {}, {:?}", entry.0, text.name, c.rows, c.cols, c.columns, c.fill)
     });
 }
 
@@ -111,7 +118,10 @@ fn many_columns_have_the_scalar_kernels_bits() {
                 let cols = some[(i * 5 + 3) % some.len()];
                 let fill = [Fill::Random, Fill::Extreme][i % 2];
                 let (bias, add) = (i % 2 == 0, i % 3 == 0);
-                check(text, &Case { dtype: f.dtype, rows, cols, columns, fill, bias, add }, i as u64);
+                for entry in entries(f.dtype) {
+                    let c = Case { dtype: f.dtype, rows, cols, columns, fill, bias, add };
+                    check(text, *entry, &c, i as u64);
+                }
             }
         }
     }
@@ -160,7 +170,9 @@ fn jobs_are_sorted_by_expert() {
 fn experts_take_their_rows_in_one_launch() {
     let (experts, tokens, used, d, hidden) = (5, 23, 2, 256, 37);
     for dtype in [DType::Q4_K, DType::Q6_K, DType::Q8_0, DType::Q2_K, DType::MXFP4, DType::F16] {
-        for (act, text) in texts(dtype).into_iter().enumerate() {
+        let all = texts(dtype).into_iter().flat_map(|t| entries(dtype).iter().map(move |e| (t, *e)));
+        for (i, (text, entry)) in all.enumerate() {
+            let act = i % 2;
             let mut rng = Rng(31);
             let mut ids: Vec<u32> =
                 (0..tokens * used).map(|_| (rng.bits() % experts as u64) as u32).collect();
@@ -189,7 +201,7 @@ fn experts_take_their_rows_in_one_launch() {
                 out,
                 add: false,
             };
-            run(&mut gpu, &job);
+            run(&mut gpu, entry, &job);
             let got = gpu.read(out, ids.len() * hidden);
             let want = gated(&ids, [gate, up], dtype, (d, hidden, experts), &x, &q, used, act);
             assert_bits(&got, &want, || format!("{}, activation {act}", text.name));
@@ -260,7 +272,7 @@ fn heads_are_experts() {
             out,
             add: false,
         };
-        run(&mut gpu, &job);
+        run(&mut gpu, entries(dtype)[0], &job);
         let got = gpu.read(out, ids.len() * latent);
         let weight = Weight::host(dtype, heads, latent, nope, HostBytes::from_vec(host.clone())).unwrap();
         for h in 0..heads {

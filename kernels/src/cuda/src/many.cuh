@@ -2,18 +2,19 @@
 #pragma once
 #include "common.cuh"
 
-#define COLS 32 // columns of a block
-
 // Columns first .. end of a list of jobs, all for one matrix of the stack.
 struct Tile {
     u32 matrix, first, end;
 };
 
-// This block's columns: tile blockIdx.x of the list that `sort_experts` makes, or where there is none 32 of n for the only matrix.
+// This block's columns, `cols` at most: of the tiles of 32 that `sort_experts` lists, or where there is no list of n for the only matrix.
+template <u32 cols>
 __device__ __forceinline__ Tile tile_of(const Tile* tiles, u32 n) {
-    if (tiles) return tiles[blockIdx.x];
-    const u32 first = blockIdx.x * COLS;
-    const Tile t = {0, first, n < first + COLS ? n : first + COLS};
+    Tile t = {0, 0, n};
+    u32 at = blockIdx.x;
+    if (tiles) t = tiles[at / (32 / cols)], at %= 32 / cols;
+    t.first += at * cols;
+    t.end = t.end < t.first + cols ? t.end : t.first + cols;
     return t;
 }
 

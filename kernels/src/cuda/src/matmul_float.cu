@@ -10,6 +10,7 @@
 #include "many.cuh"
 
 #define THREADS 256
+#define COLS 32  // columns of a block
 #define R 16     // features of a warp
 #define C 8      // columns of a warp
 #define STAGE 64 // elements
@@ -33,7 +34,7 @@ __device__ __forceinline__ void matmul(
     const Tile* tiles, u32 share, const u8* up, u32 act, const float* bias, float* out, u32 out_stride, u32 add) {
     __shared__ float sw[2][2 * R][STAGE], sx[2][COLS][STAGE];
     __shared__ u64 at[COLS];
-    const Tile tile = tile_of(tiles, n);
+    const Tile tile = tile_of<COLS>(tiles, n);
     if (tile.first >= tile.end) return;
     const u32 t = threadIdx.x, lane = t % WARP, warp = t / WARP, r0 = warp % 2 * R, c0 = warp / 2 * C;
     if (t < COLS) {
