@@ -3,10 +3,11 @@
 use crate::cmd::plan::refusal;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
+use engine::device::{Chosen, DeviceChoice};
 use engine::gguf::{File, OpenMode, Progress};
 use engine::pager::PagerOptions;
 use engine::plan::{
-    Access, Change, Device, Fit, Machine, PlanModel, PlanOptions, Rules, available_memory, fit,
+    Access, Change, Device, Fit, GpuNeeds, Machine, PlanModel, PlanOptions, Rules, available_memory, fit,
 };
 use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Numa, Session, SessionOptions};
 use std::io::IsTerminal;
@@ -32,9 +33,10 @@ pub struct LoadConfig {
     pub threads: usize,
 }
 
-/// How weights get into memory, and stay there.
+/// What computes; how weights get into memory, and stay there.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MemoryConfig {
+    pub device: DeviceChoice,
     pub access: Access,
     /// Bytes of the experts used most.
     pub pin_experts: u64,
@@ -95,7 +97,9 @@ impl Placement {
         let gpu = self.tensors.iter().any(|(_, d)| *d != Device::Cpu);
         if self.gpu_layers.is_some_and(|n| n > 0) || self.main_gpu.is_some() || !self.split.is_empty() || gpu
         {
-            bail!("only the CPU runs models so far; `rsinfer plan --gpu SIZE` plans for GPUs");
+            bail!(
+                "a model runs whole on the CPU or on one GPU (--device cuda:0) so far; `rsinfer plan --gpu SIZE` plans for more"
+            );
         }
         Ok(())
     }
@@ -137,12 +141,62 @@ impl LoadConfig {
         model.map_err(|e| name_the_file(e, &self.source))
     }
 
-    /// Plans a session before anything is loaded. What does not fit the memory that is left is an error with the flags that
-    /// would; with `choose` the first of them is taken, and told.
-    pub fn plan(&mut self, session: &mut SessionConfig, choose: bool) -> Result<()> {
-        let Some(memory) = available_memory() else { return Ok(()) };
+    /// Opens what is to compute such sessions, of so many sequences each. A GPU must hold the largest of them.
+    ///
+    /// # Errors
+    /// A GPU asked for by name that cannot be used.
+    pub fn choose<'a>(
+        &self,
+        sessions: impl IntoIterator<Item = (&'a SessionOptions, usize)>,
+    ) -> Result<Chosen> {
+        let chosen = self.memory.device.open(|| self.gpu_needs(sessions))?;
+        if let Some(note) = &chosen.note {
+            eprintln!("note: {note}");
+        }
+        Ok(chosen)
+    }
+
+    /// What the largest of such sessions needs of a GPU.
+    pub fn gpu_needs<'a>(
+        &self,
+        sessions: impl IntoIterator<Item = (&'a SessionOptions, usize)>,
+    ) -> Result<GpuNeeds> {
+        let file = match &self.source {
+            Source::File(p) => File::headers(p)?,
+            Source::Demo => self.source.open()?,
+        };
+        let mut most = GpuNeeds::default();
+        for (session, parallel) in sessions {
+            let options = PlanOptions { session: session.clone(), parallel, ..PlanOptions::default() };
+            let needs = GpuNeeds::of(&file, &options).map_err(|e| name_the_file(e, &self.source))?;
+            if needs.total() > most.total() {
+                most = needs;
+            }
+        }
+        Ok(most)
+    }
+
+    /// The same, with contexts as far as they are given.
+    fn choose_all(&self, sessions: &[(SessionConfig, usize)]) -> Result<Chosen> {
+        if self.memory.device == DeviceChoice::Cpu {
+            return self.choose([]);
+        }
+        let trained = self.headers()?.ctx_train();
+        let all = sessions.iter().map(|(s, n)| Ok((s.options(s.ctx(trained)?), *n)));
+        let all = all.collect::<Result<Vec<_>>>()?;
+        self.choose(all.iter().map(|(s, n)| (s, *n)))
+    }
+
+    /// Plans a session before anything is loaded, and opens what is to compute it. What does not fit the memory that is left is an
+    /// error with the flags that would; with `choose` the first of them is taken, and told.
+    pub fn plan(&mut self, session: &mut SessionConfig, choose: bool) -> Result<Chosen> {
+        let chosen = self.choose_all(&[(session.clone(), 1)])?;
+        if chosen.device.is_some() {
+            return Ok(chosen);
+        }
+        let Some(memory) = available_memory() else { return Ok(chosen) };
         let model = self.headers()?;
-        let Some(found) = self.misfit(&model, session, 1, memory)? else { return Ok(()) };
+        let Some(found) = self.misfit(&model, session, 1, memory)? else { return Ok(chosen) };
         // What is chosen leaves others some room.
         let roomy = self.misfit(&model, session, 1, memory - memory / 16)?;
         match roomy.and_then(|f| f.ways.into_iter().next()).filter(|_| choose) {
@@ -153,15 +207,20 @@ impl LoadConfig {
                 (session.ctx, session.batch) = (Some(s.ctx), s.batch);
                 (session.cache_k, session.cache_v) = (s.cache_k, s.cache_v);
                 self.memory.access = w.options.access;
-                Ok(())
+                Ok(chosen)
             }
         }
     }
 
     /// The same for sessions, of so many sequences each, that follow one another and whose contexts and numbers of sequences
     /// are given: no flag that changes those is offered.
-    pub fn plan_all(&self, sessions: impl IntoIterator<Item = (SessionConfig, usize)>) -> Result<()> {
-        let Some(memory) = available_memory() else { return Ok(()) };
+    pub fn plan_all(&self, sessions: impl IntoIterator<Item = (SessionConfig, usize)>) -> Result<Chosen> {
+        let sessions: Vec<_> = sessions.into_iter().collect();
+        let chosen = self.choose_all(&sessions)?;
+        if chosen.device.is_some() {
+            return Ok(chosen);
+        }
+        let Some(memory) = available_memory() else { return Ok(chosen) };
         let model = self.headers()?;
         for (session, parallel) in sessions {
             if let Some(mut found) = self.misfit(&model, &session, parallel, memory)? {
@@ -170,7 +229,7 @@ impl LoadConfig {
                 bail!("{}: {}", self.source.name(), refusal(&found));
             }
         }
-        Ok(())
+        Ok(chosen)
     }
 
     /// What is wrong with a session in `memory` bytes; `None` if it fits.
@@ -190,13 +249,13 @@ impl LoadConfig {
         Ok(found.filter(|f| !f.plan.fits()))
     }
 
-    /// Loads, telling how long it takes; a terminal is shown that something happens if that is more than a second.
-    pub fn load(&self) -> Result<(Arc<Model>, Duration)> {
-        self.load_with(&Arc::default())
+    /// Loads on what was chosen, telling how long it takes; a terminal is shown that something happens if that is more than a second.
+    pub fn load(&self, on: Chosen) -> Result<(Arc<Model>, Duration)> {
+        self.load_with(on, &Arc::default())
     }
 
     /// The same; `progress` is told of the bytes read.
-    pub fn load_with(&self, progress: &Arc<Progress>) -> Result<(Arc<Model>, Duration)> {
+    pub fn load_with(&self, on: Chosen, progress: &Arc<Progress>) -> Result<(Arc<Model>, Duration)> {
         let start = Instant::now();
         let (done, waiting) = channel::<()>();
         let name = self.source.name();
@@ -219,6 +278,7 @@ impl LoadConfig {
             pager: PagerOptions { pin: self.memory.pin_experts, ..PagerOptions::default() },
             threads: self.threads,
             progress: progress.clone(),
+            device: on.device,
         };
         let model = match &self.source {
             Source::File(p) => Model::load(p, &options),

@@ -90,7 +90,7 @@ fn a_run_that_does_not_fit_ends_before_loading() {
     let err = String::from_utf8_lossy(&o.stderr);
     assert_eq!(o.status.code(), Some(1), "{err}");
     assert!(err.contains("short of") && err.contains("What would fit") && err.contains("-c "), "{err}");
-    assert!(error(&["run", "demo", "-p", "x", "-ngl", "3"]).contains("only the CPU"));
+    assert!(error(&["run", "demo", "-p", "x", "-ngl", "3"]).contains("on one GPU"));
 }
 
 /// A stand-in for `nvidia-smi`; CUDA_VISIBLE_DEVICES chooses among what it tells.

@@ -3,9 +3,9 @@
 
 use crate::EngineError;
 use crate::kv::{Arena, ArenaOptions, CacheTypes, KvPlan, KvSpec, LayerSpec, Origin, Rows, SeqId};
-use crate::model::Runner;
+use crate::model::{Network, Runner};
 use crate::session::{Model, SessionOptions};
-use kernels::Limits;
+use kernels::{Device, Limits};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,13 +21,25 @@ pub struct Context {
     ids: Vec<u32>,
 }
 
-impl Context {
-    /// Allocates a cache for `sequences` sequences, each of the size that the options say, and the buffers.
-    ///
-    /// # Errors
-    /// Impossible sizes or cache types, or memory that cannot be had.
-    pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
-        let (net, dev) = (model.network(), model.device());
+/// All that a context allocates on a device; on one that only counts it says how much that is.
+pub(crate) struct Memory {
+    arena: Arena,
+    runner: Box<dyn Runner>,
+    batch: usize,
+    rows: usize,
+    /// Bytes of activations.
+    pub activations: usize,
+    /// Bytes beside the cache: these, and the device's working memory.
+    pub scratch: usize,
+}
+
+impl Memory {
+    pub fn new(
+        net: &Arc<dyn Network>,
+        dev: &Device,
+        o: &SessionOptions,
+        sequences: usize,
+    ) -> Result<Self, EngineError> {
         let specs = net.cache_specs();
         let options = arena_options(o, &specs, sequences)?;
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
@@ -39,7 +51,20 @@ impl Context {
         dev.reserve(&limits)?;
         let counted = dev.counting();
         let runner = net.clone().runner(&counted, rows, extras)?;
-        let scratch = dev.scratch_bytes(&limits) + counted.allocated();
+        let activations = counted.allocated();
+        let scratch = dev.scratch_bytes(&limits) + activations;
+        Ok(Self { arena, runner, batch, rows, activations, scratch })
+    }
+}
+
+impl Context {
+    /// Allocates a cache for `sequences` sequences, each of the size that the options say, and the buffers.
+    ///
+    /// # Errors
+    /// Impossible sizes or cache types, or memory that cannot be had.
+    pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
+        let Memory { arena, runner, batch, rows, scratch, .. } =
+            Memory::new(model.network(), model.device(), o, sequences)?;
         let (model, policy) = (model.clone(), o.kv.clone());
         Ok(Self { model, runner, arena, policy, batch, rows, scratch, ids: Vec::new() })
     }

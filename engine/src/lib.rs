@@ -5,6 +5,7 @@
 
 mod config;
 mod context;
+pub mod device;
 mod embed;
 mod error;
 pub mod gguf;

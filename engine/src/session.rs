@@ -46,12 +46,15 @@ pub struct LoadOptions {
     pub threads: usize,
     /// Is told of the bytes that loading reads, and may end it.
     pub progress: Arc<Progress>,
+    /// What computes; `None`: the CPU.
+    pub device: Option<Device>,
 }
 
 impl Default for LoadOptions {
-    /// Mapped, with one thread per core that the process may use.
+    /// Mapped, on the CPU, with one thread per core that the process may use.
     fn default() -> Self {
         Self {
+            device: None,
             mmap: true,
             lock: false,
             pager: PagerOptions::default(),
@@ -117,12 +120,15 @@ impl Model {
     }
 
     fn from_file(file: File, options: &LoadOptions) -> Result<Arc<Self>, EngineError> {
-        let device = Device::new(CpuBackend::new(options.threads));
+        let cpu = || Device::new(CpuBackend::new(options.threads));
+        let device = options.device.clone().unwrap_or_else(cpu);
         let mut paging = options.pager;
         if options.lock {
             file.lock(&options.progress)?;
             paging = PagerOptions { memory: Some(u64::MAX), ..PagerOptions::default() };
         }
+        // A GPU holds its own copy: nothing of the file is read again but rows of the embedding table.
+        paging.off |= !device.is_host();
         let pager = Arc::new(Pager::new(&file, paging));
         let network = model::load(&file, &device, pager.clone())?;
         let vocab = Vocab::from_metadata(file.metadata())?;

@@ -91,36 +91,35 @@ impl<'a> Loader<'a> {
             });
         }
         self.taken.borrow_mut().insert(name.into());
-        self.weight(&t, count, rows, cols)
-    }
-
-    fn weight(&self, t: &TensorInfo, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
-        let host = match self.file.has_data() {
-            true => Weight::host(t.dtype, count, rows, cols, self.file.bytes(t))?,
+        Ok(match self.file.has_data() {
+            true => Weight::host(t.dtype, count, rows, cols, self.file.bytes(&t))?,
             false => Weight::unbacked(t.dtype, count, rows, cols)?,
-        };
-        Ok(self.device.upload(host)?)
+        })
     }
 
     /// A matrix `[rows, cols]`.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, EngineError> {
-        self.load(name, 1, rows, cols)
+        self.stack(name, 1, rows, cols)
     }
 
     /// A stack of matrices `[count][rows, cols]` (experts, heads).
     pub fn stack(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
-        self.load(name, count, rows, cols)
+        self.upload(self.load(name, count, rows, cols)?)
     }
 
-    /// The same as one matrix `[count * rows, cols]`, of which rows can be taken.
-    pub fn stacked(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
-        self.load(name, count, rows, cols)?;
-        self.weight(&self.info(name, &[cols as u64, rows as u64, count as u64])?, 1, count * rows, cols)
+    /// A table `[rows, cols]` of which single rows are read: it stays on the host.
+    pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, EngineError> {
+        self.load(name, 1, rows, cols)
+    }
+
+    /// A host weight on the device.
+    pub fn upload(&self, host: Weight) -> Result<Weight, EngineError> {
+        Ok(self.device.upload(host)?)
     }
 
     /// A vector, widened to f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vector, EngineError> {
-        Ok(Vector::new(self.read(name, len)?))
+        Ok(self.device.upload_vector(Vector::new(self.read(name, len)?))?)
     }
 
     /// A vector's values on the host; without data ones, which every check lets through.

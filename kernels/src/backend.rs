@@ -4,7 +4,7 @@
 //! Numbers: activations are f32. A row's result never depends on how many other rows the call holds, nor on the number of
 //! threads (fixed reduction orders; docs/numerics.md).
 
-use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight};
+use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weight};
 use quant::DType;
 use std::ops::Range;
 use std::sync::Arc;
@@ -101,7 +101,8 @@ pub struct Router<'a> {
     pub scale: f32,
 }
 
-/// The router's choice for `n` tokens: `used` experts each, best first, ties to the lower id.
+/// The router's choice for `n` tokens: `used` experts each, best first, ties to the lower id. A GPU keeps it to itself, so that
+/// nobody waits for it: the lists are empty then.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     /// Experts per token.
@@ -110,6 +111,23 @@ pub struct Routes {
     pub ids: Vec<u32>,
     /// `[n, used]` weights.
     pub weights: Vec<f32>,
+    pub(crate) kept: Option<Kept>,
+}
+
+/// Routes that lie in a device's working memory until it routes again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub place: Place,
+    pub rows: usize,
+    /// Which call of `route` made them.
+    pub call: u64,
+}
+
+impl Routes {
+    /// Routes that were chosen elsewhere: `ids` and `weights` `[n, used]`.
+    pub fn new(used: usize, ids: Vec<u32>, weights: Vec<f32>) -> Self {
+        Self { used, ids, weights, kept: None }
+    }
 }
 
 /// Which dimensions of a head a rotary embedding pairs.
@@ -285,11 +303,21 @@ pub struct Mla<'a> {
 #[allow(missing_docs)] // each is described on `Device`
 pub trait Backend: Send + Sync {
     fn name(&self) -> String;
+    /// Where its operands lie.
+    fn place(&self) -> Place {
+        Place::HOST
+    }
+    fn held(&self) -> usize {
+        0
+    }
     fn scratch_bytes(&self, limits: &Limits) -> usize;
     fn reserve(&self, limits: &Limits) -> Result<(), KernelError>;
     fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError>;
     fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError>;
     fn upload(&self, host: Weight) -> Result<Weight, KernelError>;
+    fn upload_vector(&self, host: Vector) -> Result<Vector, KernelError> {
+        Ok(host)
+    }
     fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError>;
     fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError>;
     fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError>;
@@ -344,6 +372,12 @@ pub trait Backend: Send + Sync {
 #[derive(Clone)]
 pub struct Device(pub(crate) Arc<dyn Backend>, Arc<AtomicUsize>);
 
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Device({})", self.name())
+    }
+}
+
 pub(crate) fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Result<(), KernelError> {
     if ok { Ok(()) } else { Err(KernelError::Shape(format!("{op}: {}", detail()))) }
 }
@@ -364,9 +398,29 @@ impl Device {
         self.1.load(Ordering::Relaxed)
     }
 
+    /// Refuses operands of another device.
+    pub(crate) fn near(&self, op: &'static str, places: impl AsRef<[Place]>) -> Result<(), KernelError> {
+        let here = self.0.place();
+        if places.as_ref().iter().all(|p| *p == here) { Ok(()) } else { Err(KernelError::Place { op }) }
+    }
+
+    fn near_ffn(&self, op: &'static str, f: &Ffn<'_>) -> Result<(), KernelError> {
+        self.near(op, [f.gate.place(), f.up.place(), f.down.place()])
+    }
+
     /// What the device is, for people: `cpu (avx512vnni, 2 threads)`.
     pub fn name(&self) -> String {
         self.0.name()
+    }
+
+    /// Whether operands lie in the process's own memory: the CPU.
+    pub fn is_host(&self) -> bool {
+        self.0.place() == Place::HOST
+    }
+
+    /// Bytes of a GPU's memory that are held for weights, caches, activations and scratch; 0 on the CPU.
+    pub fn held(&self) -> usize {
+        self.0.held()
     }
 
     /// Bytes of scratch memory that calls within `limits` need, all of it.
@@ -400,15 +454,22 @@ impl Device {
         self.0.upload(host)
     }
 
+    /// The same for a vector, which keeps its values on the host, too.
+    pub fn upload_vector(&self, host: Vector) -> Result<Vector, KernelError> {
+        self.0.upload_vector(host)
+    }
+
     /// Copies `values` (row-major, exactly the window) to the device.
     pub fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError> {
         shape(values.len() == out.rows() * out.cols(), "write", || format!("{} values", values.len()))?;
+        self.near("write", [out.place()])?;
         self.0.write(out, values)
     }
 
     /// Copies a window to the host, row-major.
     pub fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError> {
         shape(values.len() == x.rows() * x.cols(), "read", || format!("{} values", values.len()))?;
+        self.near("read", [x.place()])?;
         self.0.read(x, values)
     }
 
@@ -418,6 +479,7 @@ impl Device {
         shape(inside && rows.len() == out.rows() && x.cols() == out.cols(), "gather", || {
             format!("{} rows", rows.len())
         })?;
+        self.near("gather", [x.place(), out.place()])?;
         self.0.gather(x, rows, out)
     }
 
@@ -435,6 +497,7 @@ impl Device {
             "embed",
             || format!("table [{}, {}], out [{}, {}]", table.rows(), table.cols(), out.rows(), out.cols()),
         )?;
+        self.near("embed", [out.place()])?;
         self.0.embed(table, ids, scale, out)
     }
 
@@ -450,6 +513,7 @@ impl Device {
                 out.cols()
             )
         })?;
+        self.near("rms_norm", [x.place(), w.place(), out.place()])?;
         self.0.rms_norm(x, w, eps, out)
     }
 
@@ -458,6 +522,7 @@ impl Device {
         shape(!w.is_empty() && x.cols().is_multiple_of(w.len()), "rms_norm_heads", || {
             format!("[{}] into {}", w.len(), x.cols())
         })?;
+        self.near("rms_norm_heads", [x.place(), w.place()])?;
         self.0.rms_norm_heads(x, w, eps)
     }
 
@@ -466,6 +531,7 @@ impl Device {
         shape(x.rows() == acc.rows() && x.cols() == acc.cols(), "add", || {
             format!("{} and {} columns", x.cols(), acc.cols())
         })?;
+        self.near("add", [x.place(), acc.place()])?;
         self.0.add(x, acc)
     }
 
@@ -480,6 +546,7 @@ impl Device {
         shape(fits && cos_sin.cols() == h.dims && cos_sin.rows() == x.rows(), "rope", || {
             format!("{h:?}, x [{}, {}], angles [{}, {}]", x.rows(), x.cols(), cos_sin.rows(), cos_sin.cols())
         })?;
+        self.near("rope", [x.place(), cos_sin.place()])?;
         self.0.rope(x, heads, cos_sin)
     }
 
@@ -487,6 +554,8 @@ impl Device {
     pub fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
         for p in products.iter() {
             let w = p.weight;
+            self.near("matmul", [x.place(), w.place(), p.out.place()])?;
+            p.bias.map_or(Ok(()), |b| self.near("matmul", [b.place()]))?;
             let bias = p.bias.is_none_or(|b| b.len() == w.rows());
             let out = p.out.rows() == x.rows() && p.out.cols() == w.rows();
             shape(w.count() == 1 && w.cols() == x.cols() && bias && out, "matmul", || {
@@ -539,6 +608,8 @@ impl Device {
         shape(f.gate.count() == 1 && x.rows() == out.rows() && x.cols() == out.cols(), "ffn", || {
             "out".into()
         })?;
+        self.near_ffn("ffn", &f)?;
+        self.near("ffn", [x.place(), out.place()])?;
         self.0.ffn(f, x, out, write)
     }
 
@@ -557,6 +628,8 @@ impl Device {
         shape(ok && groups && correction, "route", || {
             format!("{e} experts, {} used, groups {:?}", r.used, r.groups)
         })?;
+        self.near("route", [r.weight.place(), x.place()])?;
+        r.correction.map_or(Ok(()), |c| self.near("route", [c.place()]))?;
         self.0.route(r, x, routes)
     }
 
@@ -574,11 +647,21 @@ impl Device {
         if let Some(s) = &shared {
             Self::check_ffn(s, x.cols(), "moe, shared")?;
         }
+        self.near_ffn("moe", &experts)?;
+        shared.iter().try_for_each(|s| self.near_ffn("moe", s))?;
+        self.near("moe", [x.place(), out.place()])?;
         let e = experts.gate.count();
         let n = x.rows() * routes.used;
-        let ids = routes.ids.len() == n
-            && routes.weights.len() == n
-            && routes.ids.iter().all(|&i| (i as usize) < e);
+        let ids = match &routes.kept {
+            Some(k) => {
+                self.near("moe", [k.place])?;
+                k.rows == x.rows()
+            }
+            None => {
+                let inside = routes.ids.iter().all(|&i| (i as usize) < e);
+                routes.ids.len() == n && routes.weights.len() == n && inside
+            }
+        };
         shape(ids && x.rows() == out.rows() && x.cols() == out.cols(), "moe", || {
             format!("{} routes", routes.ids.len())
         })?;
@@ -591,6 +674,7 @@ impl Device {
         shape(inside && slots.len() == x.rows() && x.cols() == cache.width(), "kv_write", || {
             format!("x [{}, {}], cache [{}, {}]", x.rows(), x.cols(), cache.slots(), cache.width())
         })?;
+        self.near("kv_write", [x.place(), cache.place()])?;
         self.0.kv_write(x, cache, slots)
     }
 
@@ -600,8 +684,15 @@ impl Device {
         shape(v.rows() == n && inside && seen, op, || format!("spans of {} rows for {n} queries", v.rows()))
     }
 
-    fn check_mass(mass: &Option<Mass<'_>>, n: usize, heads: usize, slots: usize) -> Result<(), KernelError> {
+    fn check_mass(
+        &self,
+        mass: &Option<Mass<'_>>,
+        n: usize,
+        heads: usize,
+        slots: usize,
+    ) -> Result<(), KernelError> {
         let Some(m) = mass else { return Ok(()) };
+        self.near("attention mass", [m.out.place()])?;
         let rows = m.rows.start <= m.rows.end && m.rows.end <= n;
         shape(rows && m.out.rows() == heads && m.out.cols() == slots, "attention mass", || {
             let (r, c) = (m.out.rows(), m.out.cols());
@@ -643,7 +734,9 @@ impl Device {
             )
         })?;
         Self::check_visible(a.visible, n, a.k.slots(), "attention")?;
-        Self::check_mass(&mass, n, a.kv_heads, a.k.slots())?;
+        self.check_mass(&mass, n, a.kv_heads, a.k.slots())?;
+        self.near("attention", [a.q.place(), a.k.place(), a.v.place(), out.place()])?;
+        a.q_sink.map_or(Ok(()), |q| self.near("attention", [q.place()]))?;
         self.0.attention(a, out, mass)
     }
 
@@ -673,7 +766,13 @@ impl Device {
             format!("{h} heads, {dims}, q [{n}, {}], out [{}, {}]", m.q.cols(), out.rows(), out.cols())
         })?;
         Self::check_visible(m.visible, n, m.latent.slots(), "mla")?;
-        Self::check_mass(&mass, n, 1, m.latent.slots())?;
+        self.check_mass(&mass, n, 1, m.latent.slots())?;
+        let (a, b) = match m.up {
+            MlaUp::Split { k_b, v_b } => (k_b.place(), v_b.place()),
+            MlaUp::Joint { kv_b } => (kv_b.place(), kv_b.place()),
+        };
+        self.near("mla", [a, b, m.q.place(), m.latent.place(), m.k_pe.place(), out.place()])?;
+        m.q_sink.map_or(Ok(()), |q| self.near("mla", [q.place()]))?;
         self.0.mla(m, out, mass)
     }
 }

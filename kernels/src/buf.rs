@@ -1,15 +1,32 @@
-//! Device memory as the engine sees it: activations, weights, vectors and caches. Storage is opaque outside this crate.
+//! Device memory as the engine sees it: activations, weights, vectors and caches. Storage is opaque outside this crate: bytes of the
+//! host, or a handle to memory of a GPU, in which case there is nothing on the host to look at.
 
+use crate::cuda::Memory;
 use crate::{HostBytes, KernelError};
 use quant::DType;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Where memory lies. Every GPU that is opened is a place of its own; operands of one operation share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place(pub(crate) u32);
+
+impl Place {
+    /// The memory of the process.
+    pub const HOST: Self = Self(0);
+}
+
+fn place(memory: Option<&Memory>) -> Place {
+    memory.map_or(Place::HOST, Memory::place)
+}
+
 /// Activations: a row-major f32 matrix `[rows, cols]`, allocated once and used for any number of leading rows.
 pub struct Buf {
     rows: usize,
     cols: usize,
-    pub(crate) data: Vec<f32>,
+    /// Empty where there is `memory`.
+    data: Vec<f32>,
+    memory: Option<Memory>,
 }
 
 impl Buf {
@@ -21,12 +38,18 @@ impl Buf {
         let fail = |_| KernelError::Memory { what: "activations", bytes: n.saturating_mul(4) };
         data.try_reserve_exact(n).map_err(fail)?;
         data.resize(n, 0.0);
-        Ok(Self { rows, cols, data })
+        Ok(Self { rows, cols, data, memory: None })
+    }
+
+    /// In `memory`, which holds it.
+    pub(crate) fn device(rows: usize, cols: usize, memory: Memory) -> Self {
+        assert!(memory.bytes() >= rows * cols * 4);
+        Self { rows, cols, data: Vec::new(), memory: Some(memory) }
     }
 
     /// One that has a size and no memory: no operation takes it.
     pub(crate) fn unbacked(rows: usize, cols: usize) -> Self {
-        Self { rows, cols, data: Vec::new() }
+        Self { rows, cols, data: Vec::new(), memory: None }
     }
 
     /// Rows allocated.
@@ -52,7 +75,8 @@ impl Buf {
     /// Columns `cols` of the first `n` rows. Panics if they are not there: a bug in the caller, not bad input.
     pub fn part(&self, n: usize, cols: Range<usize>) -> View<'_> {
         assert!(n <= self.rows && cols.end <= self.cols && cols.start <= cols.end, "view outside the buffer");
-        View { data: &self.data, stride: self.cols, off: cols.start, rows: n, cols: cols.len() }
+        let (data, memory) = (&self.data[..], self.memory.as_ref());
+        View { data, memory, stride: self.cols, off: cols.start, rows: n, cols: cols.len() }
     }
 
     /// The first `n` rows, to write.
@@ -63,7 +87,8 @@ impl Buf {
     /// Columns `cols` of the first `n` rows, to write. Panics if they are not there.
     pub fn part_mut(&mut self, n: usize, cols: Range<usize>) -> ViewMut<'_> {
         assert!(n <= self.rows && cols.end <= self.cols && cols.start <= cols.end, "view outside the buffer");
-        ViewMut { stride: self.cols, off: cols.start, rows: n, cols: cols.len(), data: &mut self.data }
+        let (data, memory) = (&mut self.data[..], self.memory.as_ref());
+        ViewMut { data, memory, stride: self.cols, off: cols.start, rows: n, cols: cols.len() }
     }
 }
 
@@ -71,6 +96,7 @@ impl Buf {
 #[derive(Clone, Copy)]
 pub struct View<'a> {
     data: &'a [f32],
+    memory: Option<&'a Memory>,
     stride: usize,
     off: usize,
     rows: usize,
@@ -80,6 +106,7 @@ pub struct View<'a> {
 /// A writable window `[rows, cols]` of a [`Buf`].
 pub struct ViewMut<'a> {
     data: &'a mut [f32],
+    memory: Option<&'a Memory>,
     stride: usize,
     off: usize,
     rows: usize,
@@ -90,7 +117,7 @@ impl<'a> View<'a> {
     /// A window over host memory, for tests and benches.
     pub fn from_host(data: &'a [f32], cols: usize) -> Self {
         assert!(cols > 0 && data.len().is_multiple_of(cols), "length must be a multiple of the columns");
-        Self { data, stride: cols, off: 0, rows: data.len() / cols, cols }
+        Self { data, memory: None, stride: cols, off: 0, rows: data.len() / cols, cols }
     }
 
     /// Rows.
@@ -101,6 +128,16 @@ impl<'a> View<'a> {
     /// Columns.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        place(self.memory)
+    }
+
+    /// On a GPU: the address of element (0, 0), and the distance in elements between rows.
+    pub(crate) fn address(&self) -> Option<(u64, usize)> {
+        Some((self.memory?.at() + 4 * self.off as u64, self.stride))
     }
 
     pub(crate) fn row(&self, i: usize) -> &'a [f32] {
@@ -114,7 +151,7 @@ impl<'a> ViewMut<'a> {
     /// A window over host memory, for tests and benches.
     pub fn from_host(data: &'a mut [f32], cols: usize) -> Self {
         assert!(cols > 0 && data.len().is_multiple_of(cols), "length must be a multiple of the columns");
-        Self { stride: cols, off: 0, rows: data.len() / cols, cols, data }
+        Self { memory: None, stride: cols, off: 0, rows: data.len() / cols, cols, data }
     }
 
     /// Rows.
@@ -129,7 +166,18 @@ impl<'a> ViewMut<'a> {
 
     /// A shorter borrow of the same window.
     pub fn reborrow(&mut self) -> ViewMut<'_> {
-        ViewMut { data: self.data, stride: self.stride, off: self.off, rows: self.rows, cols: self.cols }
+        let Self { memory, stride, off, rows, cols, .. } = *self;
+        ViewMut { data: self.data, memory, stride, off, rows, cols }
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        place(self.memory)
+    }
+
+    /// On a GPU: the address of element (0, 0), and the distance in elements between rows.
+    pub(crate) fn address(&self) -> Option<(u64, usize)> {
+        Some((self.memory?.at() + 4 * self.off as u64, self.stride))
     }
 
     pub(crate) fn row_mut(&mut self, i: usize) -> &mut [f32] {
@@ -156,6 +204,8 @@ pub struct Weight {
     pub(crate) bytes: HostBytes,
     /// There are no bytes: it has a size only.
     unbacked: bool,
+    /// On a GPU, from this byte of that memory on, rows as `cuda::layout` packs them; then `bytes` is empty.
+    memory: Option<(Arc<Memory>, u64)>,
 }
 
 impl Weight {
@@ -192,13 +242,35 @@ impl Weight {
         let row_bytes = dtype.row_bytes(cols).map_err(|e| KernelError::Shape(e.to_string()))?;
         let want = count.checked_mul(rows).and_then(|n| n.checked_mul(row_bytes));
         if unbacked && count > 0 && rows > 0 && cols > 0 && want.is_some() {
-            return Ok(Self { dtype, count, rows, cols, row_bytes, bytes, unbacked });
+            return Ok(Self { dtype, count, rows, cols, row_bytes, bytes, unbacked, memory: None });
         }
         if count == 0 || rows == 0 || cols == 0 || want != Some(bytes.len()) {
             let shape = format!("[{count}, {rows}, {cols}] {dtype}");
             return Err(KernelError::Shape(format!("{} bytes do not hold a weight {shape}", bytes.len())));
         }
-        Ok(Self { dtype, count, rows, cols, row_bytes, bytes, unbacked })
+        Ok(Self { dtype, count, rows, cols, row_bytes, bytes, unbacked, memory: None })
+    }
+
+    /// The same weight in `memory`, with rows of `row_bytes`.
+    pub(crate) fn device(&self, memory: Memory, row_bytes: usize) -> Self {
+        assert!(memory.bytes() >= self.count * self.rows * row_bytes);
+        let (bytes, memory) = (HostBytes::from_vec(Vec::new()), Some((Arc::new(memory), 0)));
+        Self { row_bytes, bytes, memory, ..self.clone() }
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        place(self.memory.as_ref().map(|m| &*m.0))
+    }
+
+    /// On a GPU: the address of its first row.
+    pub(crate) fn address(&self) -> Option<u64> {
+        self.memory.as_ref().map(|(m, at)| m.at() + at)
+    }
+
+    /// Whether there are bytes to compute with or to copy.
+    pub(crate) fn is_backed(&self) -> bool {
+        !self.unbacked
     }
 
     /// Element type.
@@ -249,8 +321,17 @@ impl Weight {
         if self.unbacked {
             return Self { rows: rows.len(), ..self.clone() };
         }
+        if let Some((memory, at)) = &self.memory {
+            let memory = Some((memory.clone(), at + (rows.start * self.row_bytes) as u64));
+            return Self { rows: rows.len(), memory, ..self.clone() };
+        }
         let bytes = self.bytes.slice(rows.start * self.row_bytes..rows.end * self.row_bytes).expect("inside");
         Self { rows: rows.len(), bytes, ..self.clone() }
+    }
+
+    /// The stack as one matrix `[count * rows, cols]`, sharing the bytes.
+    pub fn flat(&self) -> Self {
+        Self { count: 1, rows: self.count * self.rows, ..self.clone() }
     }
 }
 
@@ -258,12 +339,30 @@ impl Weight {
 #[derive(Clone, Debug)]
 pub struct Vector {
     pub(crate) data: Arc<[f32]>,
+    /// A copy on a GPU.
+    memory: Option<Arc<Memory>>,
 }
 
 impl Vector {
     /// Takes the values.
     pub fn new(values: Vec<f32>) -> Self {
-        Self { data: values.into() }
+        Self { data: values.into(), memory: None }
+    }
+
+    /// The same with a copy in `memory`.
+    pub(crate) fn device(self, memory: Memory) -> Self {
+        assert!(memory.bytes() >= 4 * self.len());
+        Self { memory: Some(Arc::new(memory)), ..self }
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        place(self.memory.as_deref())
+    }
+
+    /// On a GPU: its address.
+    pub(crate) fn address(&self) -> Option<u64> {
+        self.memory.as_ref().map(|m| m.at())
     }
 
     /// Number of values.
@@ -283,7 +382,10 @@ pub struct KvBuf {
     slots: usize,
     width: usize,
     row_bytes: usize,
+    /// Empty where there is `memory`.
     pub(crate) data: Vec<u8>,
+    /// On a GPU, rows as `cuda::layout` packs them.
+    memory: Option<Memory>,
 }
 
 impl KvBuf {
@@ -310,13 +412,33 @@ impl KvBuf {
         let mut data = Vec::new();
         data.try_reserve_exact(bytes).map_err(|_| KernelError::Memory { what: "KV cache", bytes })?;
         data.resize(bytes, 0);
-        Ok(Self { dtype, slots, width, row_bytes: bytes / slots.max(1), data })
+        Ok(Self { dtype, slots, width, row_bytes: bytes / slots.max(1), data, memory: None })
+    }
+
+    /// In `memory`, which holds it.
+    pub(crate) fn device(
+        dtype: DType,
+        slots: usize,
+        width: usize,
+        memory: Memory,
+    ) -> Result<Self, KernelError> {
+        Ok(Self { memory: Some(memory), ..Self::unbacked(dtype, slots, width)? })
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        place(self.memory.as_ref())
+    }
+
+    /// On a GPU: the address of slot 0.
+    pub(crate) fn address(&self) -> Option<u64> {
+        self.memory.as_ref().map(Memory::at)
     }
 
     /// One that has a size and no memory: no operation takes it.
     pub(crate) fn unbacked(dtype: DType, slots: usize, width: usize) -> Result<Self, KernelError> {
         let bytes = Self::size(dtype, slots, width)?;
-        Ok(Self { dtype, slots, width, row_bytes: bytes / slots.max(1), data: Vec::new() })
+        Ok(Self { dtype, slots, width, row_bytes: bytes / slots.max(1), data: Vec::new(), memory: None })
     }
 
     /// Element type.
@@ -334,7 +456,7 @@ impl KvBuf {
         self.width
     }
 
-    /// Bytes held.
+    /// Bytes of all rows as files hold them; a GPU pads them to whole planes.
     pub fn bytes(&self) -> usize {
         self.slots * self.row_bytes
     }

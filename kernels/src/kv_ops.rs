@@ -37,6 +37,7 @@ impl Device {
         shape(x.rows() == out.rows() && x.cols() == out.cols(), "copy", || {
             format!("x [{}, {}], out [{}, {}]", x.rows(), x.cols(), out.rows(), out.cols())
         })?;
+        self.near("copy", [x.place(), out.place()])?;
         self.0.copy(x, out)
     }
 
@@ -49,6 +50,7 @@ impl Device {
     ) -> Result<(), KernelError> {
         inside(cache, moves.iter().flat_map(|m| [m.0, m.1]), "kv_move")?;
         blocks(cache, &cols, "kv_move")?;
+        self.near("kv_move", [cache.place()])?;
         self.0.kv_move(cache, moves, cols)
     }
 
@@ -65,6 +67,7 @@ impl Device {
         shape(fits && out.len() == slots.len() * cols.len(), "kv_read", || {
             format!("columns {cols:?} of {}, {} slots into {} values", cache.width(), slots.len(), out.len())
         })?;
+        self.near("kv_read", [cache.place()])?;
         self.0.kv_read(cache, slots, cols, out)
     }
 
@@ -89,6 +92,7 @@ impl Device {
         shape(fits, "kv_rotate", || {
             format!("{h:?}, columns {cols:?}, angles [{}, {}]", cos_sin.rows(), cos_sin.cols())
         })?;
+        self.near("kv_rotate", [cache.place(), cos_sin.place()])?;
         self.0.kv_rotate(cache, slots, cols, heads, cos_sin)
     }
 
@@ -96,6 +100,7 @@ impl Device {
     pub fn kv_save(&self, cache: &KvBuf, slots: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
         inside(cache, slots.iter().copied(), "kv_save")?;
         shape(out.len() == slots.len() * cache.row_bytes(), "kv_save", || format!("{} bytes", out.len()))?;
+        self.near("kv_save", [cache.place()])?;
         self.0.kv_save(cache, slots, out)
     }
 
@@ -105,6 +110,7 @@ impl Device {
         shape(bytes.len() == slots.len() * cache.row_bytes(), "kv_load", || {
             format!("{} bytes", bytes.len())
         })?;
+        self.near("kv_load", [cache.place()])?;
         self.0.kv_load(cache, slots, bytes)
     }
 }

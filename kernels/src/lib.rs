@@ -12,10 +12,10 @@ mod meter;
 pub mod testing;
 
 pub use backend::*;
-pub use buf::{Buf, KvBuf, Vector, View, ViewMut, Weight};
+pub use buf::{Buf, KvBuf, Place, Vector, View, ViewMut, Weight};
 pub use host_bytes::HostBytes;
 pub use limits::{Hidden, Limits};
-pub use meter::meter;
+pub use meter::{gpu_meter, meter};
 
 /// What a backend can refuse.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,6 +31,15 @@ pub enum KernelError {
         /// How much.
         bytes: usize,
     },
+    /// Operands of one operation lie on different devices.
+    #[error("{op}: its operands lie on different devices")]
+    Place {
+        /// The operation.
+        op: &'static str,
+    },
+    /// A GPU, or what drives it, refused.
+    #[error(transparent)]
+    Gpu(#[from] cuda::GpuError),
     /// An instruction set asked for by name is not here.
     #[error("RSINFER_ISA={asked}: this CPU does not have it; it has {here}")]
     Isa {

@@ -37,6 +37,8 @@ pub struct Limits {
     pub used: usize,
     /// Heads times the widest per-head vector attention keeps (value, or the latent for MLA).
     pub max_heads_out: usize,
+    /// MLA's latent; 0: other attention.
+    pub latent: usize,
     /// Cache entries one query may see.
     pub slots: usize,
     /// Query heads.

@@ -2,21 +2,28 @@
 //! how large they are. It computes nothing.
 
 use crate::backend::*;
-use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight, cpu};
+use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight, cpu, cuda};
 use quant::DType;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 struct Meter {
-    threads: usize,
+    /// Of a CPU with so many threads; `None`: of a GPU.
+    threads: Option<usize>,
     asked: Arc<AtomicUsize>,
 }
 
 /// The stand-in for a CPU with `threads` threads, and the bytes of activations and caches it was asked for so far.
 pub fn meter(threads: usize) -> (Device, Arc<AtomicUsize>) {
     let asked = Arc::new(AtomicUsize::new(0));
-    (Device::new(Meter { threads: threads.max(1), asked: asked.clone() }), asked)
+    (Device::new(Meter { threads: Some(threads.max(1)), asked: asked.clone() }), asked)
+}
+
+/// The stand-in for a GPU, and the bytes of weights, activations and caches it was asked for so far.
+pub fn gpu_meter() -> (Device, Arc<AtomicUsize>) {
+    let asked = Arc::new(AtomicUsize::new(0));
+    (Device::new(Meter { threads: None, asked: asked.clone() }), asked)
 }
 
 fn refuse<T>() -> Result<T, KernelError> {
@@ -25,11 +32,11 @@ fn refuse<T>() -> Result<T, KernelError> {
 
 impl Backend for Meter {
     fn name(&self) -> String {
-        format!("plan of {} threads", self.threads)
+        self.threads.map_or("plan of a GPU".into(), |n| format!("plan of {n} threads"))
     }
 
     fn scratch_bytes(&self, limits: &Limits) -> usize {
-        cpu::scratch_bytes(limits, self.threads)
+        self.threads.map_or_else(|| cuda::scratch_bytes(limits), |n| cpu::scratch_bytes(limits, n))
     }
 
     fn reserve(&self, _: &Limits) -> Result<(), KernelError> {
@@ -44,11 +51,22 @@ impl Backend for Meter {
 
     fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError> {
         let b = KvBuf::unbacked(dtype, slots, width)?;
-        self.asked.fetch_add(b.bytes(), Relaxed);
+        let bytes = if self.threads.is_some() { b.bytes() } else { cuda::kv_bytes(dtype, slots, width)? };
+        self.asked.fetch_add(bytes, Relaxed);
         Ok(b)
     }
 
     fn upload(&self, host: Weight) -> Result<Weight, KernelError> {
+        if self.threads.is_none() {
+            self.asked.fetch_add(cuda::weight_bytes(&host), Relaxed);
+        }
+        Ok(host)
+    }
+
+    fn upload_vector(&self, host: Vector) -> Result<Vector, KernelError> {
+        if self.threads.is_none() {
+            self.asked.fetch_add(4 * host.len(), Relaxed);
+        }
         Ok(host)
     }
 

@@ -72,11 +72,10 @@ fn experts_match_f64_and_bits_are_the_row_s_own() {
             let ids: Vec<u32> = (0..n)
                 .flat_map(|t| (0..used).map(move |k| ((t * 5 + k * 2 + t / 3) % experts) as u32))
                 .collect();
-            let routes = Routes { used, ids, weights: rng.fill(n * used) };
-            let one = |t: usize| Routes {
-                used,
-                ids: routes.ids[t * used..][..used].to_vec(),
-                weights: routes.weights[t * used..][..used].to_vec(),
+            let routes = Routes::new(used, ids, rng.fill(n * used));
+            let one = |t: usize| {
+                let (ids, weights) = (&routes.ids[t * used..][..used], &routes.weights[t * used..][..used]);
+                Routes::new(used, ids.to_vec(), weights.to_vec())
             };
             let run = |threads: usize, rows: std::ops::Range<usize>, routes: &Routes| {
                 let mut out = before[rows.start * d..rows.end * d].to_vec();

@@ -1,5 +1,6 @@
 //! Shared helpers of the reference tests: where fixtures and shared material lie, `.npy` files, how logits are compared.
 
+pub mod gpu;
 pub mod quant_tensors;
 
 use std::path::{Path, PathBuf};

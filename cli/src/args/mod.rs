@@ -21,7 +21,7 @@ use clap::{CommandFactory, Parser, Subcommand};
     name = "rsinfer",
     version,
     about = "Runs language models from GGUF files",
-    long_about = "Runs language models from GGUF files, on the CPU.\n\nWherever a MODEL is asked for, \
+    long_about = "Runs language models from GGUF files, on the CPU or a NVIDIA GPU.\n\nWherever a MODEL is asked for, \
                   it is a file, the name of a stored model (rsinfer's or Ollama's, see `rsinfer list`), or `demo`, the \
                   small model that comes with the program.",
     after_help = "Examples:\n  \

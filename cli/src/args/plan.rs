@@ -16,7 +16,7 @@ use engine::plan::Gpu;
     rsinfer plan model-00001-of-00030.gguf --memory 64GiB --gpu 24GiB\n  \
     rsinfer plan model.gguf --memory 64GiB --gpu '24GiB,8GiB(display)' --cpu-moe --json\n\n\
     Headers are enough: a file without its data, or the first part of a split one. Where a plan does not fit, the flags that\n\
-    do are printed. Placing weights on GPUs can be planned; running so far uses the CPU alone.")]
+    do are printed. Splitting a model over GPUs and the CPU can be planned; running takes it whole, on the CPU or on one GPU (--device).")]
 pub struct PlanArgs {
     #[command(flatten)]
     model: ModelArgs,

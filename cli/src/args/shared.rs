@@ -5,6 +5,7 @@ use crate::model::{LoadConfig, MemoryConfig, Placement, SessionConfig, Source};
 use crate::store::parameters::Parameters;
 use anyhow::Result;
 use clap::Args;
+use engine::device::DeviceChoice;
 use engine::plan::Access;
 use engine::{DType, KvSpec, Numa, SamplerOptions};
 
@@ -38,9 +39,12 @@ pub struct LoadArgs {
     place: PlacementArgs,
 }
 
-/// How weights get into memory, and stay there.
+/// What computes; how weights get into memory, and stay there.
 #[derive(Args)]
 pub struct MemoryArgs {
+    /// What computes: cpu, cuda:N (a NVIDIA GPU that holds the whole model), or auto: a GPU if one can be used and the model fits
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceChoice,
     /// Map the file: pages are read when they are used (the default)
     #[arg(long, overrides_with_all = ["no_mmap", "mlock"])]
     mmap: bool,
@@ -65,7 +69,7 @@ impl MemoryArgs {
             (_, true) => Access::Locked,
             _ => Access::Mapped,
         };
-        MemoryConfig { access, pin_experts: self.pin_experts, numa: self.numa }
+        MemoryConfig { device: self.device, access, pin_experts: self.pin_experts, numa: self.numa }
     }
 }
 

@@ -23,8 +23,8 @@ pub fn run(c: &Config) -> Result<()> {
         bail!("{}: holds no token ids", c.tokens_file.display());
     }
     let mut out = OutFile::create(&c.out)?;
-    c.load.plan_all([(SessionConfig { ctx: Some(ids.len()), ..c.session.clone() }, 1)])?;
-    let (model, _) = c.load.load()?;
+    let on = c.load.plan_all([(SessionConfig { ctx: Some(ids.len()), ..c.session.clone() }, 1)])?;
+    let (model, _) = c.load.load(on)?;
     let n_vocab = model.info().n_vocab;
     out.write_all(&npy::header(&[ids.len(), n_vocab]))?;
     let mut session = c.session.open(&model, ids.len())?;

@@ -75,8 +75,8 @@ pub fn run(c: &Config) -> Result<()> {
         (Mode::Strided { stride, .. }, _) => c.n_ctx + stride / 2,
         _ => c.n_ctx,
     };
-    c.load.clone().plan(&mut SessionConfig { ctx: Some(ctx), ..c.session.clone() }, false)?;
-    let (model, _) = c.load.load()?;
+    let on = c.load.clone().plan(&mut SessionConfig { ctx: Some(ctx), ..c.session.clone() }, false)?;
+    let (model, _) = c.load.load(on)?;
     match &c.mode {
         Mode::Perplexity { text } => chunked(c, &model, &tokens(&model, text), None),
         Mode::WriteBase { text, .. } => chunked(c, &model, &tokens(&model, text), out),

@@ -3,6 +3,7 @@
 use crate::model::{LoadConfig, Placement, SessionConfig};
 use crate::output;
 use anyhow::{Result, bail};
+use engine::device::{DeviceChoice, GPU_MARGIN};
 use engine::plan::{
     Device, DevicePlan, Fit, Gpu, Machine, Part, Plan, PlanModel, PlanOptions, available_memory, fit,
 };
@@ -36,15 +37,40 @@ pub fn run(c: &Config) -> Result<()> {
         threads: c.load.threads,
     };
     let found = fit(&model, &options, &machine, &c.place.rules(&model, &machine)?)?;
+    let on_gpu = match c.load.memory.device {
+        DeviceChoice::Cpu => None,
+        _ => Some(c.load.gpu_needs([(&options.session, options.parallel)])?),
+    };
     let chosen = found.ways.first().filter(|_| c.fit);
     let (plan, options) = chosen.map_or((&found.plan, &options), |w| (&w.plan, &w.options));
     let changed = chosen.map(|w| w.flags());
     let text = match c.json {
         true => {
-            serde_json::to_string_pretty(&as_json(c, &model, options, plan, &found, changed.as_deref()))?
-                + "\n"
+            let mut json = as_json(c, &model, options, plan, &found, changed.as_deref());
+            if let Some(n) = &on_gpu {
+                json["whole_on_one_gpu"] = json!({
+                    "weights_bytes": n.weights, "kv_bytes": n.kv, "scratch_bytes": n.scratch,
+                    "margin_bytes": GPU_MARGIN, "total_bytes": n.total() + GPU_MARGIN,
+                });
+            }
+            serde_json::to_string_pretty(&json)? + "\n"
         }
-        false => as_text(c, &model, options, plan, &found, changed.as_deref())?,
+        false => {
+            let mut text = as_text(c, &model, options, plan, &found, changed.as_deref())?;
+            if let Some(n) = &on_gpu {
+                writeln!(
+                    text,
+                    "\nWhole on one GPU (--device {}): {}: weights {}, cache {}, activations and scratch {}, margin {}.",
+                    c.load.memory.device,
+                    output::bytes(n.total() + GPU_MARGIN),
+                    output::bytes(n.weights),
+                    output::bytes(n.kv),
+                    output::bytes(n.scratch),
+                    output::bytes(GPU_MARGIN)
+                )?;
+            }
+            text
+        }
     };
     Ok(output::print(&text)?)
 }
@@ -180,7 +206,7 @@ fn as_text(
     if p.uses_gpu() {
         writeln!(
             t,
-            "\n{} of {} layers on GPUs, the output counted as one; experts of {} layers on the CPU. So far only planning knows GPUs.",
+            "\n{} of {} layers on GPUs, the output counted as one; experts of {} layers on the CPU. Running does not split models yet: --device cuda:0 takes a whole one.",
             p.gpu_layers,
             m.n_layers() + 1,
             p.cpu_moe

@@ -436,7 +436,8 @@ impl Models {
         let progress = Arc::new(Progress::default());
         let read = progress.clone();
         let open: Open = Box::new(move || {
-            let (model, _) = load.load_with(&read)?;
+            let on = load.choose([(&session, sizes.parallel)])?;
+            let (model, _) = load.load_with(on, &read)?;
             let context = Context::new(&model, &session, sizes.parallel)?;
             Ok(Opened { model, passes: Box::new(context) })
         });

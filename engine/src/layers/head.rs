@@ -27,7 +27,7 @@ impl Head {
     pub fn load(w: &Loader<'_>, embed: &Weight, eps: f32) -> Result<Self, EngineError> {
         let (vocab, d) = (embed.rows(), embed.cols());
         let tied = !w.has("output.weight");
-        let weight = if tied { embed.clone() } else { w.matrix("output.weight", vocab, d)? };
+        let weight = if tied { w.upload(embed.clone())? } else { w.matrix("output.weight", vocab, d)? };
         Ok(Self { norm: w.vector("output_norm.weight", d)?, weight, eps })
     }
 

@@ -143,10 +143,11 @@ impl Mla {
         let up = if w.has(&name("attn_k_b")) {
             // Some files carry both forms; the split one needs no transposed product.
             w.ignore(&name("attn_kv_b"));
-            let all = w.stacked(&name("attn_k_b"), s.heads, s.latent, s.nope)?;
+            let k_b = w.stack(&name("attn_k_b"), s.heads, s.latent, s.nope)?;
+            let all = k_b.flat();
             Up::Split {
                 k_heads: (0..s.heads).map(|h| all.slice_rows(h * s.latent..(h + 1) * s.latent)).collect(),
-                k_b: w.stack(&name("attn_k_b"), s.heads, s.latent, s.nope)?,
+                k_b,
                 v_b: w.stack(&name("attn_v_b"), s.heads, s.value, s.latent)?,
             }
         } else {

@@ -42,7 +42,7 @@ impl DeepSeek2 {
         let dense_hidden = h.need_uniform("feed_forward_length")?;
         let (attn, rope) = Self::attention(h, d)?;
         let routing = if dense_layers < n_layers { Some(Self::routing(h)?) } else { None };
-        let embed = w.matrix("token_embd.weight", w.rows("token_embd.weight")?, d)?;
+        let embed = w.table("token_embd.weight", w.rows("token_embd.weight")?, d)?;
         let mut layers = Vec::new();
         for i in 0..n_layers {
             let p = format!("blk.{i}.");
@@ -158,7 +158,8 @@ impl Network for DeepSeek2 {
     fn limits(&self, tokens: usize, slots: usize) -> Limits {
         let (heads, max_heads_out) =
             (self.attn.heads, self.attn.heads * self.attn.latent.max(self.attn.value));
-        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
+        let latent = self.attn.latent;
+        let mut l = Limits { tokens, slots, heads, max_heads_out, latent, ..Limits::default() };
         for layer in &self.layers {
             layer.attn.limits(&mut l);
             layer.ffn.limits(&mut l);

@@ -73,7 +73,7 @@ impl Gemma3 {
         let local_base = f64::from(h.opt_f32("rope.freq_base_swa")?.unwrap_or(10_000.0));
         let local_rope = Rope::new(attn.rope_dims, local_base, Scaling::None, None)
             .map_err(|e| h.bad("rope.freq_base_swa", &local_base.to_string(), &e))?;
-        let embed = w.matrix("token_embd.weight", w.rows("token_embd.weight")?, d)?;
+        let embed = w.table("token_embd.weight", w.rows("token_embd.weight")?, d)?;
         let mut layers = Vec::new();
         for i in 0..n_layers {
             let p = format!("blk.{i}.");

@@ -57,7 +57,7 @@ impl Llama {
             false => None,
         };
         let rope = h.rope(attn.rope_dims, factors)?;
-        let embed = w.matrix("token_embd.weight", w.rows("token_embd.weight")?, d)?;
+        let embed = w.table("token_embd.weight", w.rows("token_embd.weight")?, d)?;
         let mut layers = Vec::new();
         for i in 0..n_layers {
             let p = format!("blk.{i}.");

@@ -54,7 +54,7 @@ impl Qwen {
         };
         let qk_norm = (h.arch() != "qwen2").then_some(eps);
         let rope = h.rope(attn.rope_dims, None)?;
-        let embed = w.matrix("token_embd.weight", w.rows("token_embd.weight")?, d)?;
+        let embed = w.table("token_embd.weight", w.rows("token_embd.weight")?, d)?;
         let mut layers = Vec::new();
         for i in 0..n_layers {
             let p = format!("blk.{i}.");

@@ -29,6 +29,8 @@ TARGETS = [75, 80, 86, 89, 90, 100, 120]
 QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 FLOATS = ["F32", "F16", "BF16"]
 CACHES = FLOATS + ["Q8_0", "Q4_0"]
+# Types of a layer's two caches that differ.
+PAIRS = [(a, b) for a in ["F16", "Q8_0", "Q4_0"] for b in ["F16", "Q8_0", "Q4_0"] if a != b]
 # (name of the PTX file, source, format, architecture). One text serves every target from its architecture on, up to that of the module's next.
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]
@@ -36,10 +38,9 @@ MODULES = (
     + [(f"matmul_{f.lower()}", "matmul.cu", f, 75) for f in QUANTISED]
     + [(f"matmul_{f.lower()}_sm80", "matmul.cu", f, 80) for f in QUANTISED]
     + [(f"matmul_{f.lower()}", "matmul_float.cu", f, 75) for f in FLOATS]
-    + [(f"attention_{f.lower()}", "attention.cu", f, 75) for f in CACHES]
-    + [(f"prompt_{f.lower()}", "prompt.cu", f, 75) for f in CACHES]
-    + [(f"store_{f.lower()}", "store.cu", f, 75) for f in CACHES]
-    + [(name, f"{name}.cu", None, 75) for name in ["round", "router", "rows"]]
+    + [(f"{s}_{f.lower()}", f"{s}.cu", f, 75) for s in ["attention", "prompt", "mass", "store"] for f in CACHES]
+    + [(f"{s}_{a.lower()}_{b.lower()}", f"{s}.cu", f"{a},SECOND={b}", 75) for s in ["attention", "prompt", "mass"] for a, b in PAIRS]
+    + [(name, f"{name}.cu", None, 75) for name in ["cache", "round", "router", "rows"]]
 )
 
 
@@ -65,7 +66,7 @@ def compile_ptx(nvrtc, source, fmt, arch):
     """The PTX of one source."""
     options = [o.format(arch=arch) for o in OPTIONS] + [f"--include-path={HERE / 'src'}"]
     if fmt:
-        options.append(f"-DFORMAT={fmt}")
+        options += [f"-D{d}" for d in f"FORMAT={fmt}".split(",")]
     program = ctypes.c_void_p()
     text = (HERE / "src" / source).read_bytes()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None):

@@ -2,6 +2,7 @@
 //! a kernel reads every field by aligned loads. `src/formats.cuh` reads what this writes; a new format is a line in both.
 
 use quant::DType;
+use std::ops::Range;
 
 /// Planes begin at multiples of this.
 const ALIGN: usize = 16;
@@ -39,6 +40,37 @@ pub fn blocks(dtype: DType, cols: usize) -> usize {
     let len = dtype.format().block_len;
     assert!(cols.is_multiple_of(len), "{cols} columns of {dtype}");
     cols / len
+}
+
+/// Whether products with weights of `dtype` read activations rounded to int8.
+pub fn rounds(dtype: DType) -> bool {
+    !matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The bytes of columns `first .. end` of a row of `cols`, in each plane that it has (at most two: cache types), relative to the row.
+/// Panics where these are not whole blocks.
+pub fn column_bytes(dtype: DType, cols: usize, first: usize, end: usize) -> [Range<usize>; 2] {
+    let (n, from, to) = (blocks(dtype, cols), blocks(dtype, first), blocks(dtype, end));
+    let mut out = [0..0, 0..0];
+    let mut at = 0;
+    for (range, (_, len)) in out.iter_mut().zip(fields(dtype)) {
+        *range = at + from * len..at + to * len;
+        at += (n * len).next_multiple_of(ALIGN);
+    }
+    out
+}
+
+/// The inverse of [`pack_row`] for formats of which every byte is kept.
+pub fn unpack_row(dtype: DType, src: &[u8], dst: &mut [u8]) {
+    let block = dtype.format().block_bytes;
+    let n = dst.len() / block;
+    let mut at = 0;
+    for &(from, len) in fields(dtype) {
+        for (b, f) in dst.chunks_exact_mut(block).zip(src[at..at + n * len].chunks_exact(len)) {
+            b[from..from + len].copy_from_slice(f);
+        }
+        at += (n * len).next_multiple_of(ALIGN);
+    }
 }
 
 /// Writes a row of a GGUF file as the device holds it: `dst.len()` is its [`row_bytes`]; padding is zeroed.
@@ -79,6 +111,11 @@ mod tests {
                     assert_eq!(&dst[at + b * len..][..len], want, "{} field at {from}", f.name);
                 }
                 at += (n * len).next_multiple_of(ALIGN);
+            }
+            if f.dtype != DType::Q8_K {
+                let mut back = vec![0; src.len()];
+                unpack_row(f.dtype, &dst, &mut back);
+                assert_eq!(back, src, "{}", f.name);
             }
             let left = taken.iter().filter(|t| **t == 0).count();
             assert!(taken.iter().all(|t| *t <= 1), "{}", f.name);

@@ -1,6 +1,20 @@
-//! NVIDIA GPUs: the device's weight layout and the kernels that ship as PTX (docs/cuda.md). What launches them is not here yet.
-//! Knows formats and PTX texts; nothing of drivers.
+//! NVIDIA GPUs (docs/cuda.md): the backend, the device's weight layout, the kernels that ship as PTX, and what a GPU is asked for. Knows
+//! formats, shapes and PTX texts; nothing of files or models.
 
+mod backend;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_driver.rs"]
+mod driver;
+mod gpu;
+mod launch;
 pub mod layout;
 pub mod modules;
+mod operands;
 pub mod plan;
+mod scratch;
+
+pub use backend::{CudaBackend, kv_bytes, scratch_bytes, weight_bytes};
+pub use driver::{devices, open};
+pub use gpu::{Arg, Gpu, GpuError, GpuInfo, KernelId, Launch, Memory};

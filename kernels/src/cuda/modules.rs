@@ -39,8 +39,12 @@ modules! {
     matmul_q4_k_sm80 matmul_q5_k_sm80 matmul_q6_k_sm80 matmul_q8_k_sm80 matmul_iq4_nl_sm80 matmul_iq4_xs_sm80 matmul_mxfp4_sm80
     attention_f32 attention_f16 attention_bf16 attention_q8_0 attention_q4_0
     prompt_f32 prompt_f16 prompt_bf16 prompt_q8_0 prompt_q4_0
+    mass_f32 mass_f16 mass_bf16 mass_q8_0 mass_q4_0
     store_f32 store_f16 store_bf16 store_q8_0 store_q4_0
-    round router rows
+    attention_f16_q8_0 attention_f16_q4_0 attention_q8_0_f16 attention_q8_0_q4_0 attention_q4_0_f16 attention_q4_0_q8_0
+    prompt_f16_q8_0 prompt_f16_q4_0 prompt_q8_0_f16 prompt_q8_0_q4_0 prompt_q4_0_f16 prompt_q4_0_q8_0
+    mass_f16_q8_0 mass_f16_q4_0 mass_q8_0_f16 mass_q8_0_q4_0 mass_q4_0_f16 mass_q4_0_q8_0
+    cache round router rows
 }
 
 /// The module of this name.
@@ -56,8 +60,20 @@ pub fn text_for(name: &str, sm: u32) -> Option<&'static Ptx> {
 
 /// The module that multiplies weights of `dtype` and looks up their rows.
 pub fn of_format(dtype: DType) -> &'static Ptx {
-    let name = format!("matvec_{}", dtype.name().to_ascii_lowercase());
-    module(&name).expect("every format has its module")
+    of("matvec", dtype).expect("every format has its module")
+}
+
+/// The module of a kind (`matvec`; for cache types `attention`, `mass`) and format.
+pub fn of(kind: &str, dtype: DType) -> Option<&'static Ptx> {
+    module(&format!("{kind}_{}", dtype.name().to_ascii_lowercase()))
+}
+
+/// The module of a kind (`attention`, `mass`) for a layer's two caches, where there is one.
+pub fn of_pair(kind: &str, first: DType, second: DType) -> Option<&'static Ptx> {
+    if first == second {
+        return of(kind, first);
+    }
+    module(&format!("{kind}_{}_{}", first.name(), second.name()).to_ascii_lowercase())
 }
 
 /// What the texts were compiled from, and by what.

@@ -9,6 +9,7 @@ use crate::memory::Resident;
 use crate::model::{LoadConfig, MemoryConfig, SessionConfig, Source};
 use crate::output;
 use anyhow::Result;
+use engine::device::DeviceChoice;
 use engine::gguf::Summary;
 use engine::{DType, KvSpec, Model};
 use std::collections::HashMap;
@@ -154,8 +155,8 @@ pub fn run(c: &Config) -> Result<()> {
             _ => {
                 let load =
                     LoadConfig { source: setup.source.clone(), memory: setup.memory, threads: setup.threads };
-                load.plan_all(c.tests.iter().map(|t| (setup.session(t.tokens()), t.sequences)))?;
-                load.load()?.0
+                let on = load.plan_all(c.tests.iter().map(|t| (setup.session(t.tokens()), t.sequences)))?;
+                load.load(on)?.0
             }
         };
         loaded = Some((setup.clone(), model.clone()));
@@ -173,7 +174,9 @@ pub fn run(c: &Config) -> Result<()> {
             let cache =
                 model.read_bytes(&setup.session(test.tokens()).options(test.tokens()), depth.max(1))?;
             let weights = model.info().read_bytes_per_token as f64 / test.sequences as f64;
-            let token_bytes = (test.sequences == 1 || !info.sparse).then_some(weights + cache as f64);
+            // Shares of the host's bandwidth say nothing of a GPU.
+            let here = setup.memory.device == DeviceChoice::Cpu && (test.sequences == 1 || !info.sparse);
+            let token_bytes = here.then_some(weights + cache as f64);
             let info = info.clone();
             let setup = setup.clone();
             let outcome = Outcome { setup, test, info, seconds, time, token_bytes, bandwidth, memory };

@@ -72,10 +72,10 @@ fn evaluate(e: &Eval) -> Result<()> {
         }
     }
     let sessions = cells.iter().map(|(task, cell)| (session(e, task, cell), 1));
-    e.load.plan_all(sessions).context(
+    let on = e.load.plan_all(sessions).context(
         "the longest text decides: --ppl-length, --fillers, --passkey-length and --answer-tokens shorten it",
     )?;
-    let (model, _) = e.load.load()?;
+    let (model, _) = e.load.load(on)?;
     warn_of_length(&model, &tasks, &e.manner);
     // A policy that cannot serve the model must not be found out after an hour.
     for (task, cell) in &cells {

@@ -36,8 +36,8 @@ impl Conversation {
     pub fn open(mut config: RunConfig) -> Result<Self> {
         // Before the slow part: an option out of range must not cost a load.
         let sampler = Sampler::new(config.sampler.clone())?;
-        config.load.plan(&mut config.session, config.fit)?;
-        let (model, load_time) = config.load.load()?;
+        let on = config.load.plan(&mut config.session, config.fit)?;
+        let (model, load_time) = config.load.load(on)?;
         let source = config.chat.template.as_deref();
         let template = chat::template(model.file().metadata(), model.vocab(), source)?;
         if !config.raw && template.is_default() {

@@ -1,65 +1,14 @@
-// Attention of single queries over a cache (decoding): grouped heads, and MLA in its absorbed form; one cache type a compilation (FORMAT).
+// Attention of single queries over a cache (decoding): grouped heads, and MLA in its absorbed form; one type of each cache a compilation (FORMAT, SECOND).
 //
 // A row's list of entries is cut into parts of fixed length; a block takes one part for up to eight heads that share keys, tile by
 // tile: keys to shared memory once for all heads, scores, a running softmax, values once for all heads. `merge` adds the parts in
 // order. What a row gets depends on its own list alone: not on other rows, nor on the slots that its entries lie in.
-//
-// Cache rows lie in device memory as weight rows do: planes of a row's fields (kernels/src/cuda/layout.rs).
-#include "common.cuh"
+#include "cached.cuh"
 
 #define TILE 16    // entries
 #define HEADS 8    // query heads of a block
 #define THREADS 128 // TILE x HEADS
 #define DIMS 4     // value dimensions of a thread: at most 512 in all
-
-struct F32 {
-    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return __ldg((const float*)row + i); }
-};
-struct F16 {
-    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return f16(__ldg((const u16*)row + i)); }
-};
-struct BF16 {
-    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return bf16(__ldg((const u16*)row + i)); }
-};
-// `width` is that of the row: the plane of scales follows that of the integers.
-struct Q8_0 {
-    static __device__ __forceinline__ float get(const u8* row, u32 width, u32 i) {
-        return (float)(i8)__ldg(row + i) * f16(__ldg((const u16*)(row + width) + i / 32));
-    }
-};
-struct Q4_0 {
-    static __device__ __forceinline__ float get(const u8* row, u32 width, u32 i) {
-        const u32 q = (__ldg(row + 16 * (i / 32) + i % 16) >> (4 * (i % 32 / 16))) & 15;
-        return ((float)q - 8.0f) * f16(__ldg((const u16*)(row + width / 2) + i / 32));
-    }
-};
-
-// Slots start .. start + len; sinks are scored with the query's second rotation.
-struct Span {
-    u32 start, len, sink;
-};
-
-// A cache [slots, width].
-struct Cache {
-    const u8* data;
-    u64 row_bytes;
-    u32 width;
-    __device__ __forceinline__ float at(u32 slot, u32 i) const { return FORMAT::get(data + row_bytes * slot, width, i); }
-};
-
-// Slot and kind of the entry at place `at` of a row's list.
-__device__ __forceinline__ void find(const Span* s, u32 at, u32& slot, u32& sink) {
-    while (at >= s->len) at -= (s++)->len;
-    slot = s->start + at;
-    sink = s->sink;
-}
-
-__device__ __forceinline__ u32 seen(const Span* spans, const u32* ends, u32 row, u32& first) {
-    first = row ? ends[row - 1] : 0;
-    u32 n = 0;
-    for (u32 i = first; i < ends[row]; i++) n += spans[i].len;
-    return n;
-}
 
 // The dot product of a tile's row with a query, in four running sums.
 __device__ __forceinline__ float dot(const float* k, const float* q, u32 n) {
@@ -78,7 +27,7 @@ __device__ __forceinline__ float dot(const float* k, const float* q, u32 n) {
 // with v.data null the first `value` columns of the tile.
 // part[head]: the softmax's maximum, its sum, and `value` weighted sums.
 __device__ __forceinline__ void attend_part(
-    const Cache& a, u32 a_col, u32 a_len, const Cache& b, const Cache& v, u32 v_col, u32 value, const float* q_a, u32 q_a_head,
+    const Cache& a, u32 a_col, u32 a_len, const Other& b, const Other& v, u32 v_col, u32 value, const float* q_a, u32 q_a_head,
     const float* q_b, u32 q_b_head, const float* q_sink, u32 count, float scale, const Span* spans, u32 from, u32 to, float* part,
     u64 part_head) {
     extern __shared__ float tile[];
@@ -162,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(
     const u32 n = seen(spans, ends, row, list);
     if (from >= n) return;
     const u32 to = n - from < split ? n : from + split, count = group - first < HEADS ? group - first : HEADS;
-    const Cache none = {0, 0, 0}, keys = {k, k_row, kv_heads * key_dim}, values = {v, v_row, kv_heads * value_dim};
+    const Cache keys = {k, k_row, kv_heads * key_dim};
+    const Other none = {0, 0, 0}, values = {v, v_row, kv_heads * value_dim};
     const u64 part = value_dim + 2, at = (u64)row * q_stride + head * key_dim;
     attend_part(
         keys, g * key_dim, key_dim, none, values, g * value_dim, value_dim, q + at, key_dim, 0, 0, q_sink ? q_sink + at : 0, count,
@@ -181,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_mla(
     const u32 n = seen(spans, ends, row, list);
     if (from >= n) return;
     const u32 to = n - from < split ? n : from + split, count = heads - head < HEADS ? heads - head : HEADS;
-    const Cache none = {0, 0, 0}, c = {latents, latent_row, latent}, pe = {k_pe, k_pe_row, rope};
+    const Cache c = {latents, latent_row, latent};
+    const Other none = {0, 0, 0}, pe = {k_pe, k_pe_row, rope};
     const u64 part = latent + 2, at = (u64)row * q_stride + head * (nope + rope) + nope;
     attend_part(
         c, 0, latent, pe, none, 0, latent, q_latent + ((u64)row * heads + head) * latent, latent, q + at, nope + rope,

@@ -1,7 +1,11 @@
-// Cache rows as kernels read them, by type, and the lists of what a query sees. Rows lie in device memory as weight rows do: planes of a
+// Cache rows as kernels read them, by type, and the lists of what a query sees. A layer's second cache (values, MLA's rotary keys) may be
+// of a type of its own (SECOND). Rows lie in device memory as weight rows do: planes of a
 // row's fields (kernels/src/cuda/layout.rs).
 #pragma once
 #include "common.cuh"
+#ifndef SECOND
+#define SECOND FORMAT
+#endif
 
 struct F32 {
     static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return __ldg((const float*)row + i); }
@@ -31,12 +35,15 @@ struct Span {
 };
 
 // A cache [slots, width].
-struct Cache {
+template <class F>
+struct CacheOf {
     const u8* data;
     u64 row_bytes;
     u32 width;
-    __device__ __forceinline__ float at(u32 slot, u32 i) const { return FORMAT::get(data + row_bytes * slot, width, i); }
+    __device__ __forceinline__ float at(u32 slot, u32 i) const { return F::get(data + row_bytes * slot, width, i); }
 };
+typedef CacheOf<FORMAT> Cache;
+typedef CacheOf<SECOND> Other;
 
 // Slot and kind of the entry at place `at` of a row's list.
 __device__ __forceinline__ void find(const Span* s, u32 at, u32& slot, u32& sink) {

@@ -56,3 +56,15 @@ extern "C" __global__ void __launch_bounds__(256) embed(
     float y = FORMAT::get(__ldg((const FORMAT::T*)(w + row_bytes * ids[job]) + i));
     out[(u64)job * out_stride + i] = scale == 1.0f ? y : y * scale;
 }
+
+// As in matvec.cu; the grid: (len / 128, heads, rows).
+extern "C" __global__ void __launch_bounds__(128) transposed(
+    const u8* w, u64 row_bytes, u32 len, u32 head_rows, u32 n, const float* q, u32 q_stride, u32 q_head, float* out) {
+    const u32 c = blockIdx.x * 128 + threadIdx.x, h = blockIdx.y;
+    if (c >= len) return;
+    q += (u64)blockIdx.z * q_stride + h * q_head;
+    w += (u64)h * head_rows * row_bytes;
+    float acc = 0.0f;
+    for (u32 i = 0; i < n; i++) acc = fmaf(q[i], FORMAT::get(__ldg((const FORMAT::T*)(w + row_bytes * i) + c)), acc);
+    out[((u64)blockIdx.z * gridDim.y + h) * len + c] = acc;
+}

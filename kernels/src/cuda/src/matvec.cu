@@ -84,14 +84,9 @@ MATVEC(2)
 MATVEC(4)
 MATVEC(8)
 
-// out[j] = scale * row ids[j] of the table: a grid of (sub-blocks / 8, jobs), 256 threads; a warp writes a sub-block of 32.
-extern "C" __global__ void __launch_bounds__(256) embed(
-    const u8* w, u64 row_bytes, u32 blocks, const u32* ids, float scale, float* out, u32 out_stride) {
-    typedef FORMAT F;
-    const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 8 + threadIdx.x / WARP, job = blockIdx.y;
-    if (at >= blocks * (F::BLOCK / 32)) return;
-    Sub s;
-    F::load(s, w + row_bytes * ids[job], blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
+// Weight `lane` of a sub-block.
+template <class F>
+__device__ __forceinline__ float weight(const Sub& s, u32 lane) {
     // A tree of selects: an array indexed by the lane would lie in memory.
     const u32 a = lane & 4 ? s.q[1] : s.q[0], c = lane & 4 ? s.q[3] : s.q[2];
     const u32 e = lane & 4 ? s.q[5] : s.q[4], g = lane & 4 ? s.q[7] : s.q[6];
@@ -101,5 +96,35 @@ extern "C" __global__ void __launch_bounds__(256) embed(
     if (F::KIND == SCALE16 || F::KIND == MIN16) y = (s.d * (float)(lane & 16 ? s.sc[1] : s.sc[0])) * q;
     if (F::KIND == MIN) y = y + s.m[0];
     if (F::KIND == MIN16) y = y + (lane & 16 ? s.m[1] : s.m[0]);
+    return y;
+}
+
+// out[j] = scale * row ids[j] of the table: a grid of (sub-blocks / 8, jobs), 256 threads; a warp writes a sub-block of 32.
+extern "C" __global__ void __launch_bounds__(256) embed(
+    const u8* w, u64 row_bytes, u32 blocks, const u32* ids, float scale, float* out, u32 out_stride) {
+    typedef FORMAT F;
+    const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 8 + threadIdx.x / WARP, job = blockIdx.y;
+    if (at >= blocks * (F::BLOCK / 32)) return;
+    Sub s;
+    F::load(s, w + row_bytes * ids[job], blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
+    const float y = weight<F>(s, lane);
     out[(u64)job * out_stride + 32 * at + lane] = scale == 1.0f ? y : y * scale;
+}
+
+// Sums of rows, for weights stored the other way round (MLA's keys in attn_kv_b): out[r][h] = sum over i < n of q[r][h * q_head + i]
+// times row h * head_rows + i, i ascending, fused. The grid: (sub-blocks / 4, heads, rows), 128 threads.
+extern "C" __global__ void __launch_bounds__(128) transposed(
+    const u8* w, u64 row_bytes, u32 blocks, u32 head_rows, u32 n, const float* q, u32 q_stride, u32 q_head, float* out) {
+    typedef FORMAT F;
+    const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 4 + threadIdx.x / WARP, h = blockIdx.y, subs = blocks * (F::BLOCK / 32);
+    if (at >= subs) return;
+    q += (u64)blockIdx.z * q_stride + h * q_head;
+    w += (u64)h * head_rows * row_bytes;
+    float acc = 0.0f;
+    for (u32 i = 0; i < n; i++) {
+        Sub s;
+        F::load(s, w + row_bytes * i, blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
+        acc = fmaf(q[i], weight<F>(s, lane), acc);
+    }
+    out[((u64)blockIdx.z * gridDim.y + h) * 32 * subs + 32 * at + lane] = acc;
 }

@@ -1,4 +1,4 @@
-// Attention of a prompt's rows over a cache: grouped heads, and MLA in its absorbed form; one cache type a compilation (FORMAT).
+// Attention of a prompt's rows over a cache: grouped heads, and MLA in its absorbed form; one type of each cache a compilation (FORMAT, SECOND).
 //
 // A block takes up to 64 lanes, a lane being one query head of one row, all of which share keys, and walks the slots that any of its rows
 // sees, 64 at a time (the plan: kernels/src/cpu/attention/rows.rs). The arithmetic is that of the CPU's tiles (cpu/attention/tile.rs), to the
@@ -52,9 +52,9 @@ struct Queries {
 };
 
 // Keys are `a` at columns a_col .. a_col + a_len, then `b` whole; values `value` columns of v from v_col on. The heads are head .. head + heads.
-template <int PARTS>
+template <int PARTS, class V>
 __device__ __forceinline__ void attend_tile(
-    const Cache& a, u32 a_col, u32 a_len, const Cache& b, const Cache& v, u32 v_col, u32 value, const Queries& q, u32 head, u32 heads,
+    const Cache& a, u32 a_col, u32 a_len, const Other& b, const V& v, u32 v_col, u32 value, const Queries& q, u32 head, u32 heads,
     float scale, const Tile* tiles, const Segment* segments, const uint2* ranges, float* out, u64 out_stride) {
     __shared__ __align__(16) float scores[BLOCK * STRIDE];
     __shared__ __align__(16) float stage[2 * CHUNK * STRIDE]; // queries and keys [dimension][lane or entry], then values [entry][column]
@@ -209,7 +209,8 @@ __device__ __forceinline__ void attend_tile(
         u32 per, u32 key_dim, u32 value_dim, float scale, const Tile* tiles, const Segment* segments, const uint2* ranges, float* out, \
         u32 out_stride) {                                                                                                         \
         const u32 pieces = (group + per - 1) / per, g = blockIdx.y / pieces, h = blockIdx.y % pieces * per;                        \
-        const Cache none = {0, 0, 0}, keys = {k, k_row, kv_heads * key_dim}, values = {v, v_row, kv_heads * value_dim};            \
+        const Cache keys = {k, k_row, kv_heads * key_dim};                                                                        \
+        const Other none = {0, 0, 0}, values = {v, v_row, kv_heads * value_dim};                                                  \
         const Queries queries = {q, q_stride, key_dim, 0, q_sink, 0, 0};                                                          \
         attend_tile<PARTS>(                                                                                                       \
             keys, g * key_dim, key_dim, none, values, g * value_dim, value_dim, queries, g * group + h,                            \
@@ -226,7 +227,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prompt_mla(
     u64 k_pe_row, u32 heads, u32 per, u32 latent, u32 nope, u32 rope, float scale, const Tile* tiles, const Segment* segments,
     const uint2* ranges, float* out) {
     const u32 h = blockIdx.y * per;
-    const Cache c = {latents, latent_row, latent}, pe = {k_pe, k_pe_row, rope};
+    const Cache c = {latents, latent_row, latent};
+    const Other pe = {k_pe, k_pe_row, rope};
     const Queries queries = {q_latent, (u64)heads * latent, latent, q + nope, q_sink ? q_sink + nope : 0, q_stride, nope + rope};
     attend_tile<8>(
         c, 0, latent, pe, c, 0, latent, queries, h, heads - h < per ? heads - h : per, scale * 1.44269504f, tiles, segments, ranges, out,

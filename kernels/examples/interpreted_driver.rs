@@ -1,0 +1,308 @@
+//! A stand-in for NVIDIA's driver library: the functions that `cuda/driver.rs` looks up, with the PTX interpreter behind them. Tests load it
+//! as libcuda.so.1, so that the program's way to a GPU runs to its end where there is none. `RSINFER_TEST_DRIVER` asks for what goes wrong:
+//! `old`, `none`, `pre-turing`, `small`, `refuses`, `lost`. Must not know of the backend.
+// NVIDIA documents what these do and ask.
+#![allow(clippy::missing_safety_doc, missing_docs)]
+
+use ptx::{Machine, Module, Param};
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::{LazyLock, Mutex, MutexGuard};
+
+const OK: c_int = 0;
+const INVALID_VALUE: c_int = 1;
+const OUT_OF_MEMORY: c_int = 2;
+const NO_DEVICE: c_int = 100;
+const INVALID_DEVICE: c_int = 101;
+const BAD_PTX: c_int = 218;
+const BAD_PTX_VERSION: c_int = 222;
+const NOT_FOUND: c_int = 500;
+const ILLEGAL_ADDRESS: c_int = 700;
+
+#[derive(Default)]
+struct State {
+    machine: Machine,
+    modules: Vec<Module>,
+    /// Module and name of each kernel.
+    functions: Vec<(usize, String)>,
+    held: HashMap<u64, usize>,
+    launches: usize,
+}
+
+static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn asked(what: &str) -> bool {
+    std::env::var("RSINFER_TEST_DRIVER").is_ok_and(|v| v == what)
+}
+
+fn size() -> usize {
+    if asked("small") { 1 << 20 } else { 4 << 30 }
+}
+
+/// Handles are numbers from 1.
+fn handle(i: usize) -> *mut c_void {
+    std::ptr::without_provenance_mut(i + 1)
+}
+
+fn number(h: *mut c_void) -> usize {
+    h.addr().wrapping_sub(1)
+}
+
+/// Writes a result of the caller's.
+///
+/// # Safety
+/// `to` must be writable, as the driver's interface says of each such argument.
+unsafe fn give<T>(to: *mut T, value: T) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { to.write(value) };
+    OK
+}
+
+fn code<T>(r: Result<T, ptx::PtxError>) -> c_int {
+    match r {
+        Ok(_) => OK,
+        Err(e) => {
+            eprintln!("interpreted driver: {e}");
+            ILLEGAL_ADDRESS
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuInit(_: c_uint) -> c_int {
+    if asked("none") { NO_DEVICE } else { OK }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuDriverGetVersion(v: *mut c_int) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { give(v, if asked("old") { 11_080 } else { 12_040 }) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGetErrorName(error: c_int, text: *mut *const c_char) -> c_int {
+    let name = match error {
+        BAD_PTX_VERSION => c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        ILLEGAL_ADDRESS => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        _ => c"CUDA_ERROR_OF_A_TEST",
+    };
+    // SAFETY: the caller's.
+    unsafe { give(text, name.as_ptr()) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGetErrorString(_: c_int, text: *mut *const c_char) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { give(text, c"the interpreted driver says so".as_ptr()) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuDeviceGetCount(n: *mut c_int) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { give(n, c_int::from(!asked("none"))) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuDeviceGet(device: *mut c_int, i: c_int) -> c_int {
+    // SAFETY: the caller's.
+    if i == 0 { unsafe { give(device, 7) } } else { INVALID_DEVICE }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuDeviceGetName(name: *mut c_char, len: c_int, _: c_int) -> c_int {
+    let text = c"interpreted GPU".to_bytes_with_nul();
+    assert!(text.len() <= len as usize);
+    // SAFETY: the caller gives room for `len` bytes.
+    unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, text.len()) };
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuDeviceGetAttribute(x: *mut c_int, what: c_int, device: c_int) -> c_int {
+    let value = match what {
+        75 => 7,
+        76 if asked("pre-turing") => 0,
+        76 => 5,
+        17 => 0,
+        _ => return INVALID_VALUE,
+    };
+    assert_eq!(device, 7, "devices are what cuDeviceGet gave");
+    // SAFETY: the caller's.
+    unsafe { give(x, value) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, _: c_int) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { give(context, handle(41)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuDevicePrimaryCtxRelease_v2(_: c_int) -> c_int {
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuCtxSetCurrent(context: *mut c_void) -> c_int {
+    if context == handle(41) { OK } else { INVALID_VALUE }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuStreamCreate(stream: *mut *mut c_void, _: c_uint) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { give(stream, handle(42)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuStreamDestroy_v2(_: *mut c_void) -> c_int {
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
+    if stream == handle(42) { OK } else { INVALID_VALUE }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { give(total, size()) };
+    // SAFETY: the caller's.
+    unsafe { give(free, size() - state().held.values().sum::<usize>()) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> c_int {
+    let s = &mut *state();
+    if bytes == 0 {
+        return INVALID_VALUE;
+    }
+    if s.held.values().sum::<usize>() + bytes > size() {
+        return OUT_OF_MEMORY;
+    }
+    let address = s.machine.alloc(bytes);
+    s.held.insert(address, bytes);
+    // SAFETY: the caller's.
+    unsafe { give(at, address) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuMemFree_v2(at: u64) -> c_int {
+    let s = &mut *state();
+    s.held.remove(&at);
+    code(s.machine.free(at))
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuMemsetD8Async(at: u64, value: u8, bytes: usize, _: *mut c_void) -> c_int {
+    code(state().machine.write(at, &vec![value; bytes]))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const c_void,
+    bytes: usize,
+    _: *mut c_void,
+) -> c_int {
+    // SAFETY: the caller has `bytes` there.
+    code(state().machine.write(to, unsafe { std::slice::from_raw_parts(from.cast(), bytes) }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuMemcpyDtoHAsync_v2(
+    to: *mut c_void,
+    from: u64,
+    bytes: usize,
+    _: *mut c_void,
+) -> c_int {
+    let got = state().machine.read(from, bytes);
+    if let Ok(b) = &got {
+        // SAFETY: the caller has room for `bytes`.
+        unsafe { std::ptr::copy_nonoverlapping(b.as_ptr(), to.cast(), bytes) };
+    }
+    code(got)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuModuleLoadDataEx(
+    module: *mut *mut c_void,
+    text: *const c_void,
+    _: c_uint,
+    _: *mut c_int,
+    _: *mut *mut c_void,
+) -> c_int {
+    if asked("refuses") {
+        return BAD_PTX_VERSION;
+    }
+    // SAFETY: a terminated text of the caller's.
+    let text = unsafe { CStr::from_ptr(text.cast()) }.to_string_lossy();
+    let Ok(parsed) = Module::parse(&text) else { return BAD_PTX };
+    let s = &mut *state();
+    s.modules.push(parsed);
+    // SAFETY: the caller's.
+    unsafe { give(module, handle(s.modules.len() - 1)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuModuleUnload(_: *mut c_void) -> c_int {
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuModuleGetFunction(
+    function: *mut *mut c_void,
+    module: *mut c_void,
+    name: *const c_char,
+) -> c_int {
+    let s = &mut *state();
+    // SAFETY: a terminated name of the caller's.
+    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+    let m = number(module);
+    if s.modules.get(m).and_then(|x| x.kernel(&name)).is_none() {
+        return NOT_FOUND;
+    }
+    s.functions.push((m, name));
+    // SAFETY: the caller's.
+    unsafe { give(function, handle(s.functions.len() - 1)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuLaunchKernel(
+    function: *mut c_void,
+    x: c_uint,
+    y: c_uint,
+    z: c_uint,
+    threads_x: c_uint,
+    threads_y: c_uint,
+    threads_z: c_uint,
+    shared: c_uint,
+    stream: *mut c_void,
+    params: *mut *mut c_void,
+    extra: *mut *mut c_void,
+) -> c_int {
+    let State { machine, modules, functions, launches, .. } = &mut *state();
+    *launches += 1;
+    if stream != handle(42) || !extra.is_null() || (asked("lost") && *launches > 20) {
+        return ILLEGAL_ADDRESS;
+    }
+    let Some((m, name)) = functions.get(number(function)) else { return INVALID_VALUE };
+    let kernel = modules[*m].kernel(name).expect("found before");
+    let values = kernel.parameters().enumerate().map(|(i, size)| {
+        // SAFETY: the caller points to as many values of these sizes as the kernel has parameters.
+        let at = unsafe { *params.add(i) };
+        match size {
+            // SAFETY: as above.
+            8 => Param::U64(unsafe { at.cast::<u64>().read() }),
+            // SAFETY: as above; a float's bits are as good as an integer's.
+            _ => Param::U32(unsafe { at.cast::<u32>().read() }),
+        }
+    });
+    let values: Vec<Param> = values.collect();
+    let block = [threads_x, threads_y, threads_z];
+    code(machine.launch(kernel, [x, y, z], block, shared as usize, &values))
+}

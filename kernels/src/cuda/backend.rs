@@ -1,0 +1,678 @@
+//! The CUDA backend: the operations of `Backend` as sequences of kernels on whatever is behind [`Gpu`]. Everything on the way of a decoded
+//! token stays on the device; what is rare (saving, rotating and reading a cache) goes through the host. Knows shapes and formats;
+//! which kernel an entry point is, is `launch`'s.
+
+use super::gpu::{Counted, Gpu, Memory};
+use super::launch::Launcher;
+use super::layout;
+use super::modules;
+use super::operands::{Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, SPLIT};
+use super::scratch::{Area, Scratch, Sizes};
+use crate::backend::*;
+use crate::cpu::CpuBackend;
+use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weight};
+use quant::DType;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Bytes of scratch memory for calls within `limits`.
+pub fn scratch_bytes(limits: &Limits) -> usize {
+    Sizes::of(limits).bytes()
+}
+
+/// Bytes of weights on a device.
+pub fn weight_bytes(w: &Weight) -> usize {
+    w.count() * w.rows() * layout::row_bytes(w.dtype(), w.cols())
+}
+
+/// Bytes of a cache on a device.
+///
+/// # Errors
+/// As [`KvBuf::size`].
+pub fn kv_bytes(dtype: DType, slots: usize, width: usize) -> Result<usize, KernelError> {
+    KvBuf::size(dtype, slots, width)?;
+    let row = layout::row_bytes(dtype, width);
+    row.checked_mul(slots).ok_or_else(|| KernelError::Shape(format!("KV cache of {slots} slots overflows")))
+}
+
+/// Runs everything on one GPU.
+pub struct CudaBackend {
+    name: String,
+    gpu: Arc<Counted>,
+    kernels: Launcher,
+    scratch: Mutex<Scratch>,
+    /// For what goes through the host.
+    host: CpuBackend,
+}
+
+/// Bytes of weights sent at a time.
+const PIECE: usize = 4 << 20;
+
+impl CudaBackend {
+    /// A backend on `gpu`, called `name` (`cuda:0`).
+    ///
+    /// # Errors
+    /// A driver that does not take the kernels.
+    pub fn new(gpu: Box<dyn Gpu>, name: &str) -> Result<Self, KernelError> {
+        let name = format!("{name} ({})", gpu.info());
+        let gpu = Arc::new(Counted::new(gpu));
+        let kernels = Launcher::new(gpu.clone());
+        for m in ["rows", "round", "router", "cache"] {
+            modules::module(m).map_or(Ok(()), |m| kernels.load(m))?;
+        }
+        let scratch = Mutex::new(Scratch::new(gpu.clone()));
+        Ok(Self { name, gpu, kernels, scratch, host: CpuBackend::new(1) })
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        // What a panicked call left behind is overwritten by the next.
+        self.scratch.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn memory(&self, bytes: usize, what: &'static str) -> Result<Memory, KernelError> {
+        Ok(Memory::new(&self.gpu, bytes, what)?)
+    }
+
+    /// x rounded into `area`, if one of the weights asks for it. The area must hold it.
+    fn input(&self, s: &Scratch, area: Area, x: Floats, weights: &[&Weight]) -> Result<Input, KernelError> {
+        let needed = weights.iter().any(|w| layout::rounds(w.dtype()));
+        let rounded = if needed { Some(self.kernels.round(x, s.at(area))?) } else { None };
+        Ok(Input { float: x, rounded })
+    }
+
+    /// `act(gate x) * up x` of `jobs` rows in [`Area::Gate`], as `down` reads them. `ids`: a stack's matrices, for each row of x so
+    /// many.
+    fn hidden(
+        &self,
+        s: &mut Scratch,
+        f: &Ffn<'_>,
+        x: Input,
+        ids: Option<(u64, usize)>,
+    ) -> Result<Input, KernelError> {
+        let width = f.gate.rows();
+        let jobs = x.float.rows * ids.map_or(1, |i| i.1);
+        s.room(Area::Gate, 4 * jobs * width, 4 * jobs * width)?;
+        s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
+        let [gate, up] = [Area::Gate, Area::Up].map(|a| Floats::dense(s.at(a), jobs, width));
+        for (w, to) in [(f.gate, gate), (f.up, up)] {
+            let w = Matrix::of(w)?;
+            match ids {
+                Some((ids, used)) => self.kernels.experts(w, x, ids, used, to)?,
+                None => self.kernels.product(w, x, 0, to, false)?,
+            }
+        }
+        self.kernels.glu(gate, up, f.act)?;
+        if layout::rounds(f.down.dtype()) {
+            let bytes = jobs * width.div_ceil(256) * BLOCK_BYTES;
+            s.room(Area::Hidden, bytes, bytes)?;
+        }
+        self.input(s, Area::Hidden, gate, &[f.down])
+    }
+
+    /// How many of `rows` rows of a feed-forward layer, `used` times over, fit the areas.
+    fn ffn_rows(&self, s: &mut Scratch, f: &Ffn<'_>, used: usize, rows: usize) -> Result<usize, KernelError> {
+        let width = f.gate.rows() * used;
+        let mut n = s.rows(Area::Gate, 4 * width, rows)?;
+        n = n.min(s.rows(Area::Up, 4 * width, rows)?);
+        if layout::rounds(f.gate.dtype()) || layout::rounds(f.up.dtype()) {
+            n = n.min(s.rows(Area::Input, f.gate.cols().div_ceil(256) * BLOCK_BYTES, rows)?);
+        }
+        if layout::rounds(f.down.dtype()) {
+            let each = used * f.gate.rows().div_ceil(256) * BLOCK_BYTES;
+            n = n.min(s.rows(Area::Hidden, each, rows)?);
+        }
+        Ok(n)
+    }
+
+    /// The next rows of a call of attention, at most `most`, and their lists on the device. `each`: bytes of one part of a row.
+    fn pass(
+        &self,
+        s: &mut Scratch,
+        v: &Visible,
+        first: usize,
+        most: usize,
+        each: usize,
+    ) -> Result<(Range<usize>, Lists), KernelError> {
+        let parts = |longest: usize| longest.div_ceil(SPLIT) * each;
+        let all = (first..first + most).map(|i| v.seen(i)).max().unwrap_or(0);
+        let room = s.room(Area::Parts, parts(v.seen(first)), most * parts(all))?;
+        let spans: usize = (first..first + most).map(|i| v.row(i).len()).sum();
+        let lists = s.room(Area::Lists, 4 + 12 * v.row(first).len(), 4 * most + 12 * spans)?;
+        let (mut end, mut longest, mut spans) = (first, 0, 0);
+        while end < first + most {
+            let (seen, more) = (longest.max(v.seen(end)), spans + v.row(end).len());
+            let n = end + 1 - first;
+            if end > first && (n * parts(seen) > room || 4 * n + 12 * more > lists) {
+                break;
+            }
+            (end, longest, spans) = (end + 1, seen, more);
+        }
+        let rows = end - first;
+        let mut words = Vec::with_capacity(rows + 3 * spans);
+        let mut at = 0;
+        words.extend((first..end).map(|i| {
+            at += v.row(i).len() as u32;
+            at
+        }));
+        words.extend((first..end).flat_map(|i| v.row(i)).flat_map(|s| [s.start, s.len, u32::from(s.sink)]));
+        let ends = s.send(&[Area::Lists, Area::OtherLists], &words)?;
+        Ok((first..end, Lists { ends, spans: ends + 4 * rows as u64, rows, longest }))
+    }
+
+    /// `ids[i] = i % heads`, for `count` of them.
+    fn head_ids(&self, s: &mut Scratch, count: usize, heads: usize) -> Result<u64, KernelError> {
+        s.room(Area::HeadIds, 4 * count, 4 * count)?;
+        let at = s.at(Area::HeadIds);
+        if s.cycle.0 != heads || s.cycle.1 < count {
+            self.kernels.cycle(at, count, heads)?;
+            s.cycle = (heads, count);
+        }
+        Ok(at)
+    }
+
+    /// Runs of neighbouring slots: first slot, place in `slots`, length.
+    fn runs(slots: &[u32]) -> impl Iterator<Item = (u64, usize, usize)> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let first = *slots.get(at)?;
+            let n = slots[at..].iter().zip(first..).take_while(|(s, i)| **s == *i).count();
+            at += n;
+            Some((u64::from(first), at - n, n))
+        })
+    }
+
+    /// The rows of `slots`, through the host's form of the cache: `change` may alter them before they go back.
+    fn on_host(
+        &self,
+        cache: &mut KvBuf,
+        slots: &[u32],
+        change: impl FnOnce(&mut KvBuf, &[u32]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let mut rows = vec![0; slots.len() * cache.row_bytes()];
+        self.kv_save(cache, slots, &mut rows)?;
+        let mut here = KvBuf::host(cache.dtype(), slots.len(), cache.width())?;
+        let ids: Vec<u32> = (0..slots.len() as u32).collect();
+        self.host.kv_load(&mut here, &ids, &rows)?;
+        change(&mut here, &ids)?;
+        self.host.kv_save(&here, &ids, &mut rows)?;
+        self.kv_load(cache, slots, &rows)
+    }
+}
+
+fn address(x: Option<u64>) -> Result<u64, KernelError> {
+    x.ok_or(KernelError::Place { op: "cuda" })
+}
+
+fn cache_of(c: &KvBuf) -> Result<Cache, KernelError> {
+    Ok(Cache { at: address(c.address())?, dtype: c.dtype(), width: c.width() })
+}
+
+fn vector(v: Option<&Vector>) -> Result<u64, KernelError> {
+    v.map_or(Ok(0), |v| address(v.address()))
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn place(&self) -> Place {
+        self.gpu.place
+    }
+
+    fn held(&self) -> usize {
+        self.gpu.bytes()
+    }
+
+    fn scratch_bytes(&self, limits: &Limits) -> usize {
+        scratch_bytes(limits)
+    }
+
+    fn reserve(&self, limits: &Limits) -> Result<(), KernelError> {
+        self.scratch().reserve(limits)
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {
+        let overflow = || KernelError::Shape(format!("[{rows}, {cols}] overflows"));
+        let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(4)).ok_or_else(overflow)?;
+        let memory = self.memory(bytes, "activations")?;
+        self.gpu.gpu.zero(memory.at(), bytes)?;
+        Ok(Buf::device(rows, cols, memory))
+    }
+
+    fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError> {
+        let bytes = kv_bytes(dtype, slots, width)?;
+        modules::of("store", dtype).map_or(Ok(()), |m| self.kernels.load(m))?;
+        let memory = self.memory(bytes, "KV cache")?;
+        self.gpu.gpu.zero(memory.at(), bytes)?;
+        KvBuf::device(dtype, slots, width, memory)
+    }
+
+    fn upload(&self, host: Weight) -> Result<Weight, KernelError> {
+        if !host.is_backed() || host.place() != Place::HOST {
+            return Err(KernelError::Place { op: "upload" });
+        }
+        self.kernels.load(modules::of_format(host.dtype()))?;
+        let row = layout::row_bytes(host.dtype(), host.cols());
+        let memory = self.memory(weight_bytes(&host), "weights")?;
+        let mut packed = vec![0; (PIECE / row).clamp(1, host.rows()) * row];
+        let mut at = memory.at();
+        for m in 0..host.count() {
+            let rows = host.matrix(m).chunks(packed.len() / row * host.row_bytes());
+            for some in rows {
+                let to = &mut packed[..some.len() / host.row_bytes() * row];
+                for (src, dst) in some.chunks_exact(host.row_bytes()).zip(to.chunks_exact_mut(row)) {
+                    layout::pack_row(host.dtype(), src, dst);
+                }
+                self.gpu.gpu.write(at, to)?;
+                at += to.len() as u64;
+            }
+        }
+        Ok(host.device(memory, row))
+    }
+
+    fn upload_vector(&self, host: Vector) -> Result<Vector, KernelError> {
+        let memory = self.memory(4 * host.len(), "weights")?;
+        self.gpu.gpu.write(memory.at(), bytemuck::cast_slice(&host.data))?;
+        Ok(host.device(memory))
+    }
+
+    fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError> {
+        let to = Floats::of_mut(&out)?;
+        let step = if to.stride == to.cols { to.rows } else { 1 };
+        for (i, rows) in values.chunks((to.cols * step).max(1)).enumerate() {
+            self.gpu.gpu.write(to.part(i * step..i * step).at, bytemuck::cast_slice(rows))?;
+        }
+        Ok(())
+    }
+
+    fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError> {
+        let from = Floats::of(&x)?;
+        let step = if from.stride == from.cols { from.rows } else { 1 };
+        for (i, rows) in values.chunks_mut((from.cols * step).max(1)).enumerate() {
+            self.gpu.gpu.read(from.part(i * step..i * step).at, bytemuck::cast_slice_mut(rows))?;
+        }
+        Ok(())
+    }
+
+    fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError> {
+        let ids = self.scratch().send(&[Area::Ids], rows)?;
+        self.kernels.gather(Floats::of(&x)?, ids, Floats::of_mut(&out)?, false)
+    }
+
+    fn copy(&self, x: View<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
+        self.kernels.gather(Floats::of(&x)?, 0, Floats::of_mut(&out)?, false)
+    }
+
+    /// The table may lie on the host: a pass reads a few of its rows.
+    fn embed(&self, table: &Weight, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<(), KernelError> {
+        if table.place() == Place::HOST {
+            let mut rows = vec![0.0; ids.len() * table.cols()];
+            self.host.embed(table, ids, scale, ViewMut::from_host(&mut rows, table.cols()))?;
+            return self.write(out, &rows);
+        }
+        if table.place() != self.gpu.place {
+            return Err(KernelError::Place { op: "embed" });
+        }
+        let at = self.scratch().send(&[Area::Ids], ids)?;
+        self.kernels.embed(Matrix::of(table)?, at, scale, Floats::of_mut(&out)?)
+    }
+
+    fn rms_norm(&self, x: View<'_>, w: &Vector, eps: f32, out: ViewMut<'_>) -> Result<(), KernelError> {
+        let (x, out) = (Floats::of(&x)?, Floats::of_mut(&out)?);
+        self.kernels.rms_norm(x, address(w.address())?, x.cols, eps, out)
+    }
+
+    fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError> {
+        let x = Floats::of_mut(&x)?;
+        self.kernels.rms_norm(x, address(w.address())?, w.len(), eps, x)
+    }
+
+    fn add(&self, x: View<'_>, acc: ViewMut<'_>) -> Result<(), KernelError> {
+        self.kernels.gather(Floats::of(&x)?, 0, Floats::of_mut(&acc)?, true)
+    }
+
+    fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
+        self.kernels.rope(Floats::of_mut(&x)?, heads, Floats::of(&cos_sin)?)
+    }
+
+    fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let x = Floats::of(&x)?;
+        let weights: Vec<&Weight> = products.iter().map(|p| p.weight).collect();
+        let rounded = weights.iter().any(|w| layout::rounds(w.dtype()));
+        let each = if rounded { x.cols.div_ceil(256) * BLOCK_BYTES } else { 0 };
+        let n = s.rows(Area::Input, each, x.rows)?.max(1);
+        for first in (0..x.rows).step_by(n) {
+            let rows = first..x.rows.min(first + n);
+            let input = self.input(s, Area::Input, x.part(rows.clone()), &weights)?;
+            for p in products.iter() {
+                let (bias, out) = (vector(p.bias)?, Floats::of_mut(&p.out)?.part(rows.clone()));
+                self.kernels.product(Matrix::of(p.weight)?, input, bias, out, p.write == Write::Add)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let (x, out) = (Floats::of(&x)?, Floats::of_mut(&out)?);
+        let n = self.ffn_rows(s, &f, 1, x.rows)?.max(1);
+        for first in (0..x.rows).step_by(n) {
+            let rows = first..x.rows.min(first + n);
+            let input = self.input(s, Area::Input, x.part(rows.clone()), &[f.gate, f.up])?;
+            let hidden = self.hidden(s, &f, input, None)?;
+            let out = out.part(rows);
+            self.kernels.product(Matrix::of(f.down)?, hidden, 0, out, write == Write::Add)?;
+        }
+        Ok(())
+    }
+
+    fn route(&self, r: Router<'_>, x: View<'_>, routes: &mut Routes) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let (x, experts) = (Floats::of(&x)?, r.weight.rows());
+        let bytes = 4 * x.rows * r.used;
+        s.forget(&[Area::RouteIds, Area::RouteWeights]);
+        s.room(Area::RouteIds, bytes, bytes)?;
+        s.room(Area::RouteWeights, bytes, bytes)?;
+        let mut n = s.rows(Area::Logits, 4 * experts, x.rows)?;
+        if layout::rounds(r.weight.dtype()) {
+            n = n.min(s.rows(Area::Input, x.cols.div_ceil(256) * BLOCK_BYTES, x.rows)?);
+        }
+        for first in (0..x.rows).step_by(n.max(1)) {
+            let x = x.part(first..x.rows.min(first + n));
+            let logits = Floats::dense(s.at(Area::Logits), x.rows, experts);
+            let w = Matrix::of(r.weight)?;
+            if w.dtype == DType::F32 && w.cols.is_multiple_of(4) {
+                self.kernels.router_logits(w, x, logits.at)?;
+            } else {
+                let input = self.input(s, Area::Input, x, &[r.weight])?;
+                self.kernels.product(w, input, 0, logits, false)?;
+            }
+            let skip = 4 * (first * r.used) as u64;
+            let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
+            let rule = (r.used, r.normalize, r.scale);
+            let correction = vector(r.correction)?;
+            self.kernels.route(logits, r.gating, correction, r.groups, rule, ids, weights)?;
+        }
+        s.routed += 1;
+        routes.used = r.used;
+        routes.ids.clear();
+        routes.weights.clear();
+        routes.kept = Some(Kept { place: self.gpu.place, rows: x.rows, call: s.routed });
+        Ok(())
+    }
+
+    fn moe(
+        &self,
+        experts: Ffn<'_>,
+        routes: &Routes,
+        shared: Option<Ffn<'_>>,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let (x, out, used) = (Floats::of(&x)?, Floats::of_mut(&out)?, routes.used);
+        match &routes.kept {
+            Some(k) if k.call == s.routed => {}
+            Some(_) => {
+                return Err(KernelError::Shape("moe: these routes were overwritten by later ones".into()));
+            }
+            None => {
+                let weights: Vec<u32> = routes.weights.iter().map(|w| w.to_bits()).collect();
+                s.send(&[Area::RouteIds], &routes.ids)?;
+                s.send(&[Area::RouteWeights], &weights)?;
+                s.routed += 1;
+            }
+        }
+        let mut n = self.ffn_rows(s, &experts, used, x.rows)?;
+        n = n.min(s.rows(Area::Experts, 4 * used * out.cols, x.rows)?);
+        let mut inner = vec![experts.gate, experts.up];
+        if let Some(f) = &shared {
+            n = n.min(self.ffn_rows(s, f, 1, x.rows)?).min(s.rows(Area::Shared, 4 * out.cols, x.rows)?);
+            inner.extend([f.gate, f.up]);
+        }
+        for first in (0..x.rows).step_by(n.max(1)) {
+            let rows = first..x.rows.min(first + n);
+            let input = self.input(s, Area::Input, x.part(rows.clone()), &inner)?;
+            let mut beside = 0;
+            if let Some(f) = &shared {
+                let hidden = self.hidden(s, f, input, None)?;
+                beside = s.at(Area::Shared);
+                let to = Floats::dense(beside, rows.len(), out.cols);
+                self.kernels.product(Matrix::of(f.down)?, hidden, 0, to, false)?;
+            }
+            let skip = 4 * (first * used) as u64;
+            let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
+            let hidden = self.hidden(s, &experts, input, Some((ids, used)))?;
+            let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);
+            self.kernels.experts(Matrix::of(experts.down)?, hidden, ids, 1, each)?;
+            let add = write == Write::Add;
+            self.kernels.mix_experts(each, weights, used, beside, out.part(rows), add)?;
+        }
+        Ok(())
+    }
+
+    fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let (x, c) = (Floats::of(&x)?, cache_of(cache)?);
+        let ids = s.send(&[Area::Slots, Area::OtherSlots], slots)?;
+        let mut sorted = slots.to_vec();
+        sorted.sort_unstable();
+        if sorted.windows(2).all(|w| w[0] != w[1]) {
+            return self.kernels.cache_write(x, c, ids);
+        }
+        // Rows for one slot: the last stays.
+        (0..x.rows).try_for_each(|i| self.kernels.cache_write(x.part(i..i + 1), c, ids + 4 * i as u64))
+    }
+
+    fn kv_move(
+        &self,
+        cache: &mut KvBuf,
+        moves: &[(u32, u32)],
+        cols: Range<usize>,
+    ) -> Result<(), KernelError> {
+        let c = cache_of(cache)?;
+        let ranges = layout::column_bytes(c.dtype, c.width, cols.start, cols.end);
+        let s = &mut *self.scratch();
+        // As many as the area holds at a time: between two of them nothing changes the order.
+        let words: Vec<u32> = moves.iter().flat_map(|m| [m.0, m.1]).collect();
+        let room = s.room(Area::Ids, 8, 4 * words.len())? / 8 * 2;
+        for some in words.chunks(room) {
+            let at = s.send(&[Area::Ids], some)?;
+            self.kernels.kv_move(c, at, some.len() / 2, ranges.clone())?;
+        }
+        Ok(())
+    }
+
+    fn kv_read(
+        &self,
+        cache: &KvBuf,
+        slots: &[u32],
+        cols: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), KernelError> {
+        let mut rows = vec![0; slots.len() * cache.row_bytes()];
+        self.kv_save(cache, slots, &mut rows)?;
+        let mut here = KvBuf::host(cache.dtype(), slots.len(), cache.width())?;
+        here.data.copy_from_slice(&rows);
+        let ids: Vec<u32> = (0..slots.len() as u32).collect();
+        self.host.kv_read(&here, &ids, cols, out)
+    }
+
+    fn kv_rotate(
+        &self,
+        cache: &mut KvBuf,
+        slots: &[u32],
+        cols: Range<usize>,
+        heads: RopeHeads,
+        cos_sin: View<'_>,
+    ) -> Result<(), KernelError> {
+        let mut angles = vec![0.0; cos_sin.rows() * cos_sin.cols()];
+        self.read(cos_sin, &mut angles)?;
+        let angles = View::from_host(&angles, heads.dims.max(1));
+        self.on_host(cache, slots, |here, ids| self.host.kv_rotate(here, ids, cols, heads, angles))
+    }
+
+    fn kv_save(&self, cache: &KvBuf, slots: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
+        let (c, host_row) = (cache_of(cache)?, cache.row_bytes());
+        let row = c.row_bytes();
+        for (slot, at, n) in Self::runs(slots) {
+            let mut packed = vec![0; n * row];
+            self.gpu.gpu.read(c.at + slot * row as u64, &mut packed)?;
+            let to = out[at * host_row..(at + n) * host_row].chunks_exact_mut(host_row);
+            for (src, dst) in packed.chunks_exact(row).zip(to) {
+                layout::unpack_row(c.dtype, src, dst);
+            }
+        }
+        Ok(())
+    }
+
+    fn kv_load(&self, cache: &mut KvBuf, slots: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
+        let (c, host_row) = (cache_of(cache)?, cache.row_bytes());
+        let row = c.row_bytes();
+        for (slot, at, n) in Self::runs(slots) {
+            let mut packed = vec![0; n * row];
+            let from = bytes[at * host_row..(at + n) * host_row].chunks_exact(host_row);
+            for (src, dst) in from.zip(packed.chunks_exact_mut(row)) {
+                layout::pack_row(c.dtype, src, dst);
+            }
+            self.gpu.gpu.write(c.at + slot * row as u64, &packed)?;
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        a: Attention<'_>,
+        out: ViewMut<'_>,
+        mass: Option<Mass<'_>>,
+    ) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let (q, out, n) = (Floats::of(&a.q)?, Floats::of_mut(&out)?, a.q.rows());
+        let sinks = sinks(a.q_sink, &q)?;
+        let (k, v) = (cache_of(a.k)?, cache_of(a.v)?);
+        let (key, value) = (k.width / a.kv_heads, v.width / a.kv_heads);
+        let each = 4 * a.heads * (value + 2);
+        let mut first = 0;
+        while first < n {
+            let (rows, lists) = self.pass(s, a.visible, first, n - first, each)?;
+            let q = q.part(rows.clone());
+            let op = Gqa {
+                heads: a.heads,
+                kv_heads: a.kv_heads,
+                key,
+                value,
+                scale: a.scale,
+                q,
+                q_sink: sinks.map_or(0, |x| x.part(rows.clone()).at),
+                k,
+                v,
+            };
+            let parts = s.at(Area::Parts);
+            self.kernels.attend(&op, lists, parts)?;
+            self.kernels.merge((k, v), parts, (a.heads, value), lists, out.part(rows.clone()))?;
+            if let Some(m) = &mass {
+                let to = Floats::of_mut(&m.out)?;
+                for row in m.rows.start.max(rows.start)..m.rows.end.min(rows.end) {
+                    self.kernels.mass(&op, lists, row - rows.start, parts, to)?;
+                }
+            }
+            first = rows.end;
+        }
+        Ok(())
+    }
+
+    fn mla(&self, m: Mla<'_>, out: ViewMut<'_>, mass: Option<Mass<'_>>) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let (heads, latent, n) = (m.heads, m.latent.width(), m.q.rows());
+        let (q, out) = (Floats::of(&m.q)?, Floats::of_mut(&out)?);
+        let sinks = sinks(m.q_sink, &q)?;
+        let (latents, k_pe) = (cache_of(m.latent)?, cache_of(m.k_pe)?);
+        let step = m.nope + m.rope;
+        let gaps = || KernelError::Shape("cuda: MLA's queries and outputs must be whole rows".into());
+        let (k_b, v_b) = match m.up {
+            MlaUp::Split { k_b, v_b } => (k_b, v_b),
+            MlaUp::Joint { kv_b } => (kv_b, kv_b),
+        };
+        let values = match m.up {
+            MlaUp::Split { v_b, .. } => Matrix::of(v_b)?,
+            MlaUp::Joint { kv_b } => {
+                Matrix { matrix_rows: m.nope + m.value, ..Matrix::of(kv_b)? }.part(m.nope..m.nope + m.value)
+            }
+        };
+        // Rows that the areas hold.
+        let blocks = heads * m.nope.div_ceil(256).max(latent.div_ceil(256)) * BLOCK_BYTES;
+        let mut most = n;
+        for (area, each) in [
+            (Area::Absorbed, 4 * heads * latent),
+            (Area::Latents, 4 * heads * latent),
+            (Area::HeadIds, 4 * heads),
+            (
+                Area::Hidden,
+                if layout::rounds(k_b.dtype()) || layout::rounds(v_b.dtype()) { blocks } else { 0 },
+            ),
+        ] {
+            most = most.min(s.rows(area, each, n)?);
+        }
+        let each = 4 * heads * (latent + 2);
+        let mut first = 0;
+        while first < n {
+            let (rows, lists) = self.pass(s, m.visible, first, most.min(n - first), each)?;
+            let (q, jobs) = (q.part(rows.clone()), rows.len() * heads);
+            let ids = self.head_ids(s, jobs, heads)?;
+            // Queries into the coordinates of the latent.
+            let absorbed = Floats::dense(s.at(Area::Absorbed), jobs, latent);
+            match m.up {
+                MlaUp::Split { k_b, .. } => {
+                    let x = q.heads(m.nope, step).ok_or_else(gaps)?;
+                    let x = self.input(s, Area::Hidden, x, &[k_b])?;
+                    self.kernels.experts(Matrix::of(k_b)?, x, ids, 1, absorbed)?;
+                }
+                MlaUp::Joint { kv_b } => {
+                    let shape = (heads, m.nope + m.value, m.nope);
+                    self.kernels.transposed(Matrix::of(kv_b)?, shape, q, step, absorbed.at)?;
+                }
+            }
+            let op = Absorbed {
+                heads,
+                latent,
+                nope: m.nope,
+                rope: m.rope,
+                scale: m.scale,
+                q_latent: absorbed.at,
+                q,
+                q_sink: sinks.map_or(0, |x| x.part(rows.clone()).at),
+                latents,
+                k_pe,
+            };
+            let parts = s.at(Area::Parts);
+            self.kernels.attend_mla(&op, lists, parts)?;
+            let sums = Floats::dense(s.at(Area::Latents), rows.len(), heads * latent);
+            self.kernels.merge((latents, k_pe), parts, (heads, latent), lists, sums)?;
+            if let Some(mass) = &mass {
+                let to = Floats::of_mut(&mass.out)?;
+                for row in mass.rows.start.max(rows.start)..mass.rows.end.min(rows.end) {
+                    self.kernels.mass_mla(&op, lists, row - rows.start, parts, to)?;
+                }
+            }
+            // And what they saw out of them.
+            let x = self.input(s, Area::Hidden, Floats::dense(sums.at, jobs, latent), &[v_b])?;
+            let to = out.part(rows.clone()).heads(m.value, m.value).ok_or_else(gaps)?;
+            self.kernels.experts(values, x, ids, 1, to)?;
+            first = rows.end;
+        }
+        Ok(())
+    }
+}
+
+/// The queries for sinks, which lie as the others do.
+fn sinks(x: Option<View<'_>>, q: &Floats) -> Result<Option<Floats>, KernelError> {
+    let Some(x) = x else { return Ok(None) };
+    let x = Floats::of(&x)?;
+    if x.stride != q.stride {
+        return Err(KernelError::Shape("cuda: queries for sinks must lie as the others do".into()));
+    }
+    Ok(Some(x))
+}

@@ -1,0 +1,229 @@
+//! What the backend asks of a GPU: memory, copies, kernels. Everything above runs unchanged on whatever implements it: a driver, or
+//! an interpreter of PTX where there is no GPU. Knows addresses and bytes; nothing of shapes or formats.
+
+use super::modules::Ptx;
+use crate::Place;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+
+/// Why there is no GPU to compute on, or none any more. The text says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GpuError {
+    /// The program was built without the driver's interface.
+    #[error("this program was built without CUDA (cargo feature `cuda`): use --device cpu")]
+    NotBuilt,
+    /// No driver library on this machine.
+    #[error("no NVIDIA driver was found ({library} cannot be loaded): install one, or use --device cpu")]
+    NoDriver {
+        /// The library looked for.
+        library: String,
+    },
+    /// The driver does not read the PTX that ships.
+    #[error(
+        "the NVIDIA driver is too old: it supports CUDA {found}, {needed} is needed (driver 530 or later): update it, or use --device cpu"
+    )]
+    OldDriver {
+        /// What the driver supports.
+        found: String,
+        /// What is needed.
+        needed: String,
+    },
+    /// A driver, and nothing for it to drive.
+    #[error("there is no GPU cuda:{index}: {count} here{hidden}; use --device cpu, or one that is here")]
+    NoDevice {
+        /// The one asked for.
+        index: usize,
+        /// GPUs that there are.
+        count: usize,
+        /// A remark on `CUDA_VISIBLE_DEVICES`, where it is set.
+        hidden: String,
+    },
+    /// A GPU of before Turing.
+    #[error(
+        "{name} has compute capability {major}.{minor}; 7.5 (Turing) is the oldest supported: use --device cpu"
+    )]
+    OldDevice {
+        /// The GPU.
+        name: String,
+        /// Its capability.
+        major: u32,
+        /// And the second half.
+        minor: u32,
+    },
+    /// The driver does not take a kernel.
+    #[error("the driver refuses the kernels of {module} ({why}): update it, or use --device cpu")]
+    Refused {
+        /// The module.
+        module: String,
+        /// In its own words.
+        why: String,
+    },
+    /// Not enough memory.
+    #[error(
+        "out of GPU memory: {bytes} bytes for the {what}, {free} are free: choose a smaller context (-c), batch (-b) or model"
+    )]
+    Memory {
+        /// What for.
+        what: &'static str,
+        /// Bytes asked for.
+        bytes: usize,
+        /// Bytes free at that time.
+        free: u64,
+    },
+    /// The GPU, or its context, is gone; nothing on it can be used any more.
+    #[error(
+        "the GPU was lost ({why}): restart the program; if it happens again, look at the system's log (dmesg, nvidia-smi)"
+    )]
+    Lost {
+        /// In the driver's words.
+        why: String,
+    },
+    /// Any other refusal.
+    #[error("{call}: {why}")]
+    Driver {
+        /// What was called.
+        call: &'static str,
+        /// In the driver's words.
+        why: String,
+    },
+}
+
+/// A kernel that was loaded, by the number that the [`Gpu`] gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelId(pub usize);
+
+/// An argument of a launch, of the size that the kernel's parameter has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arg {
+    /// A device address or 64-bit number.
+    U64(u64),
+    /// A 32-bit number.
+    U32(u32),
+    /// A float.
+    F32(f32),
+}
+
+/// How many blocks, of how many threads, with how many bytes of dynamic shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block (one dimension).
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub shared: u32,
+}
+
+/// What a GPU is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// For people.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (u32, u32),
+    /// It drives a display.
+    pub display: bool,
+}
+
+impl fmt::Display for GpuInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, compute capability {}.{}", self.name, self.capability.0, self.capability.1)
+    }
+}
+
+/// A GPU. Copies and launches happen in the order of the calls, whichever thread makes them; only [`Gpu::read`] and
+/// [`Gpu::synchronize`] wait. Addresses are the GPU's: an implementor may not assume that they are sound, and must answer with an
+/// error where it can tell.
+///
+/// # Errors
+/// Of all calls: [`GpuError`]. After [`GpuError::Lost`] every further call gives it again.
+pub trait Gpu: Send + Sync {
+    /// What it is.
+    fn info(&self) -> GpuInfo;
+    /// Bytes free and in all.
+    fn memory(&self) -> Result<(u64, u64), GpuError>;
+    /// Memory for `bytes` (not 0), aligned to 256; its content is open.
+    fn alloc(&self, bytes: usize) -> Result<u64, GpuError>;
+    /// Gives memory back, once what was launched before is done with it.
+    fn free(&self, at: u64) -> Result<(), GpuError>;
+    /// Fills with zeros.
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), GpuError>;
+    /// Copies from the host; `bytes` may be changed when it returns.
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError>;
+    /// Copies to the host, after everything before.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError>;
+    /// Makes the kernels of a module usable.
+    fn load(&self, module: &Ptx) -> Result<(), GpuError>;
+    /// The kernel `entry` of a loaded module.
+    fn kernel(&self, module: &str, entry: &str) -> Result<KernelId, GpuError>;
+    /// Runs a kernel, some time.
+    fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
+    /// Waits for everything, and reports what went wrong meanwhile.
+    fn synchronize(&self) -> Result<(), GpuError>;
+}
+
+/// A GPU with a count of what was allocated on it.
+pub(crate) struct Counted {
+    pub gpu: Box<dyn Gpu>,
+    pub place: Place,
+    bytes: AtomicUsize,
+}
+
+impl Counted {
+    pub fn new(gpu: Box<dyn Gpu>) -> Self {
+        static PLACES: AtomicU32 = AtomicU32::new(1);
+        Self { gpu, place: Place(PLACES.fetch_add(1, Relaxed)), bytes: AtomicUsize::new(0) }
+    }
+
+    /// Bytes held on the device.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Relaxed)
+    }
+}
+
+/// Memory on a GPU, given back when it goes.
+pub struct Memory {
+    of: Arc<Counted>,
+    at: u64,
+    bytes: usize,
+}
+
+impl Memory {
+    pub(crate) fn new(of: &Arc<Counted>, bytes: usize, what: &'static str) -> Result<Self, GpuError> {
+        let at = of.gpu.alloc(bytes.max(1)).map_err(|e| match e {
+            GpuError::Memory { bytes, free, .. } => GpuError::Memory { what, bytes, free },
+            e => e,
+        })?;
+        of.bytes.fetch_add(bytes, Relaxed);
+        Ok(Self { of: of.clone(), at, bytes })
+    }
+
+    /// Its address.
+    pub(crate) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Its size.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        self.of.place
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // A GPU that is lost has nothing to give back; a caller could do nothing about any other refusal.
+        let _ = self.of.gpu.free(self.at);
+        self.of.bytes.fetch_sub(self.bytes, Relaxed);
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Memory({} bytes of device {})", self.bytes, self.of.place.0)
+    }
+}

@@ -1,0 +1,600 @@
+//! The kernels as typed calls: one function for each entry point of `src/*.cu`, the only place that launches one. Shapes were checked
+//! by `Device`; what is checked here is what the kernels themselves ask for. Knows addresses and strides; nothing of what is computed.
+
+use super::gpu::{Arg, Counted, GpuError, KernelId, Launch};
+use super::layout;
+use super::modules::{self, Ptx};
+use super::operands::{Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Rounded, SPLIT};
+use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
+use quant::DType;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Columns that a product takes at once.
+const COLUMNS: usize = 8;
+/// Blocks along y and z of a grid.
+const MAX_YZ: usize = 65_535;
+/// Dynamic shared memory that every GPU gives without being asked specially.
+const MAX_SHARED: usize = 48 << 10;
+/// Value dimensions of a head at most: attention.cu, DIMS x THREADS.
+const MAX_VALUE: usize = 512;
+/// Query heads of a block of attention.
+const HEADS: usize = 8;
+/// Cache entries that a block of attention takes at a time.
+const TILE: usize = 16;
+
+fn n(x: usize) -> Result<Arg, KernelError> {
+    u32::try_from(x)
+        .map(Arg::U32)
+        .map_err(|_| KernelError::Shape(format!("{x} is more than a GPU's kernels count to")))
+}
+
+fn p(x: u64) -> Arg {
+    Arg::U64(x)
+}
+
+fn flag(x: bool) -> Arg {
+    Arg::U32(u32::from(x))
+}
+
+fn refuse<T>(what: String) -> Result<T, KernelError> {
+    Err(KernelError::Shape(format!("cuda: {what}")))
+}
+
+/// Launches kernels, loading their modules when they are first asked for.
+pub struct Launcher {
+    gpu: Arc<Counted>,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Default)]
+struct Loaded {
+    modules: Vec<&'static str>,
+    kernels: HashMap<(&'static str, &'static str), KernelId>,
+}
+
+impl Launcher {
+    pub fn new(gpu: Arc<Counted>) -> Self {
+        Self { gpu, loaded: Mutex::default() }
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        // Entries are put in whole.
+        self.loaded.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Loads a module now, so that nothing waits for it later.
+    pub fn load(&self, module: &'static Ptx) -> Result<(), GpuError> {
+        let mut loaded = self.loaded();
+        if !loaded.modules.contains(&module.name) {
+            self.gpu.gpu.load(module)?;
+            loaded.modules.push(module.name);
+        }
+        Ok(())
+    }
+
+    fn kernel(&self, module: &'static Ptx, entry: &'static str) -> Result<KernelId, GpuError> {
+        self.load(module)?;
+        let mut loaded = self.loaded();
+        if let Some(k) = loaded.kernels.get(&(module.name, entry)) {
+            return Ok(*k);
+        }
+        let k = self.gpu.gpu.kernel(module.name, entry)?;
+        loaded.kernels.insert((module.name, entry), k);
+        Ok(k)
+    }
+
+    /// Runs `entry` in blocks of `threads` with `shared` floats of shared memory. An empty grid does nothing.
+    fn run(
+        &self,
+        module: &'static Ptx,
+        entry: &'static str,
+        grid: [usize; 3],
+        threads: u32,
+        shared: usize,
+        args: &[Arg],
+    ) -> Result<(), KernelError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        if grid[0] > i32::MAX as usize || grid[1] > MAX_YZ || grid[2] > MAX_YZ {
+            return refuse(format!("{entry} of {}: a grid of {grid:?}", module.name));
+        }
+        if 4 * shared > MAX_SHARED {
+            let room = MAX_SHARED / 4;
+            return refuse(format!("{entry} of {} needs {shared} shared values of {room}", module.name));
+        }
+        let kernel = self.kernel(module, entry)?;
+        let launch = Launch { grid: grid.map(|n| n as u32), threads, shared: 4 * shared as u32 };
+        Ok(self.gpu.gpu.launch(kernel, launch, args)?)
+    }
+
+    fn base(&self, name: &str) -> Result<&'static Ptx, KernelError> {
+        modules::module(name).map_or_else(|| refuse(format!("no module {name}")), Ok)
+    }
+
+    fn of(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
+        modules::of(kind, dtype).map_or_else(|| refuse(format!("no {kind} kernels for {dtype}")), Ok)
+    }
+
+    /// Calls `f` for runs of at most as many rows as a grid has along y.
+    fn rows(
+        rows: usize,
+        mut f: impl FnMut(Range<usize>) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        (0..rows).step_by(MAX_YZ).try_for_each(|i| f(i..rows.min(i + MAX_YZ)))
+    }
+
+    /// Norms of `x.cols / len` heads a row; out may be x.
+    pub fn rms_norm(&self, x: Floats, w: u64, len: usize, eps: f32, out: Floats) -> Result<(), KernelError> {
+        let m = self.base("rows")?;
+        Self::rows(x.rows, |r| {
+            let (x, out) = (x.part(r.clone()), out.part(r));
+            let args = [p(x.at), n(x.stride)?, p(w), n(len)?, Arg::F32(eps), p(out.at), n(out.stride)?];
+            self.run(m, "rms_norm", [x.cols / len, x.rows, 1], 256, 0, &args)
+        })
+    }
+
+    /// Rotates in place.
+    pub fn rope(&self, x: Floats, h: RopeHeads, cos_sin: Floats) -> Result<(), KernelError> {
+        let m = self.base("rows")?;
+        let (heads, half) = (x.cols / h.head_dim, h.dims / 2);
+        Self::rows(x.rows, |r| {
+            let (x, cs) = (x.part(r.clone()), cos_sin.part(r));
+            let halves = flag(h.style == RopeStyle::Halves);
+            let args = [
+                p(x.at),
+                n(x.stride)?,
+                n(heads)?,
+                n(h.head_dim)?,
+                n(h.offset)?,
+                n(half)?,
+                halves,
+                p(cs.at),
+                n(cs.stride)?,
+            ];
+            self.run(m, "rope", [(heads * half).div_ceil(128), x.rows, 1], 128, 0, &args)
+        })
+    }
+
+    /// gate = act(gate) * up.
+    pub fn glu(&self, gate: Floats, up: Floats, act: Activation) -> Result<(), KernelError> {
+        let m = self.base("rows")?;
+        let act = flag(act == Activation::GeluTanh);
+        Self::rows(gate.rows, |r| {
+            let (gate, up) = (gate.part(r.clone()), up.part(r));
+            let args = [p(gate.at), n(gate.stride)?, p(up.at), n(up.stride)?, n(gate.cols)?, act];
+            self.run(m, "glu", [gate.cols.div_ceil(256), gate.rows, 1], 256, 0, &args)
+        })
+    }
+
+    /// `out[r] (=|+=) x[rows[r]]`; `rows` 0: row r.
+    pub fn gather(&self, x: Floats, rows: u64, out: Floats, add: bool) -> Result<(), KernelError> {
+        let m = self.base("rows")?;
+        Self::rows(out.rows, |r| {
+            let to = out.part(r.clone());
+            let (from, ids) = match rows {
+                0 => (x.part(r).at, 0),
+                ids => (x.at, ids + 4 * r.start as u64),
+            };
+            let args = [p(from), n(x.stride)?, p(ids), n(out.cols)?, p(to.at), n(to.stride)?, flag(add)];
+            self.run(m, "gather", [to.cols.div_ceil(256), to.rows, 1], 256, 0, &args)
+        })
+    }
+
+    /// `out[r] (=|+=) shared[r] + sum_k weights[r][k] experts[r][k]`; `experts` has `used` rows for each of out; `shared` 0: none.
+    pub fn mix_experts(
+        &self,
+        experts: Floats,
+        weights: u64,
+        used: usize,
+        shared: u64,
+        out: Floats,
+        add: bool,
+    ) -> Result<(), KernelError> {
+        let m = self.base("rows")?;
+        Self::rows(out.rows, |r| {
+            let (to, from) = (out.part(r.clone()), experts.part(used * r.start..used * r.end));
+            let beside = if shared == 0 { 0 } else { shared + 4 * (r.start * out.cols) as u64 };
+            let weights = weights + 4 * (used * r.start) as u64;
+            let args = [
+                p(from.at),
+                p(weights),
+                n(used)?,
+                p(beside),
+                n(to.cols)?,
+                p(to.at),
+                n(to.stride)?,
+                flag(add),
+            ];
+            self.run(m, "mix_experts", [to.cols.div_ceil(256), to.rows, 1], 256, 0, &args)
+        })
+    }
+
+    /// Rounds rows to `out`, which has room for `x.rows * ceil(x.cols / 256)` blocks.
+    pub fn round(&self, x: Floats, out: u64) -> Result<Rounded, KernelError> {
+        let m = self.base("round")?;
+        let stride = x.cols.div_ceil(256);
+        Self::rows(x.rows, |r| {
+            let (x, to) = (x.part(r.clone()), out + (r.start * stride * BLOCK_BYTES) as u64);
+            let args = [p(x.at), n(x.stride)?, n(x.cols)?, p(to), n(stride)?];
+            self.run(m, "round_rows", [stride, x.rows, 1], 256, 0, &args)
+        })?;
+        Ok(Rounded { at: out, stride })
+    }
+
+    fn input(&self, w: &Matrix, x: &Input) -> Result<(u64, usize), KernelError> {
+        if !layout::rounds(w.dtype) {
+            return Ok((x.float.at, x.float.stride));
+        }
+        let rounded = x.rounded.map_or_else(|| refuse("the input is not rounded".into()), Ok)?;
+        Ok((rounded.at, rounded.stride))
+    }
+
+    /// `out[c] (=|+=) W x[c] (+ bias)` for each row c of x, eight at a time; `bias` 0: none.
+    pub fn product(&self, w: Matrix, x: Input, bias: u64, out: Floats, add: bool) -> Result<(), KernelError> {
+        let m = modules::of_format(w.dtype);
+        for first in (0..out.rows).step_by(COLUMNS) {
+            let r = first..out.rows.min(first + COLUMNS);
+            let (columns, to) = (r.len(), out.part(r.clone()));
+            let (at, stride) = self.input(&w, &x.part(r))?;
+            let entry = match columns {
+                1 => "matvec_1",
+                2 => "matvec_2",
+                3 | 4 => "matvec_4",
+                _ => "matvec_8",
+            };
+            let args = [
+                p(w.at),
+                p(w.row_bytes() as u64),
+                p(0),
+                n(w.rows)?,
+                n(layout::blocks(w.dtype, w.cols))?,
+                p(at),
+                n(stride)?,
+                n(columns)?,
+                p(0),
+                n(1)?,
+                p(bias),
+                p(to.at),
+                n(to.stride)?,
+                flag(add),
+            ];
+            self.run(m, entry, [w.rows.div_ceil(4), 1, 1], 128, 0, &args)?;
+        }
+        Ok(())
+    }
+
+    /// Row j of out = matrix `ids[j]` of the stack times row `j / share` of x.
+    pub fn experts(
+        &self,
+        w: Matrix,
+        x: Input,
+        ids: u64,
+        share: usize,
+        out: Floats,
+    ) -> Result<(), KernelError> {
+        let m = modules::of_format(w.dtype);
+        let most = MAX_YZ / share * share;
+        for first in (0..out.rows).step_by(most) {
+            let jobs = first..out.rows.min(first + most);
+            let to = out.part(jobs.clone());
+            let (at, stride) = self.input(&w, &x.part(first / share..jobs.end.div_ceil(share)))?;
+            let args = [
+                p(w.at),
+                p(w.row_bytes() as u64),
+                p((w.row_bytes() * w.matrix_rows) as u64),
+                n(w.rows)?,
+                n(layout::blocks(w.dtype, w.cols))?,
+                p(at),
+                n(stride)?,
+                n(1)?,
+                p(ids + 4 * first as u64),
+                n(share)?,
+                p(0),
+                p(to.at),
+                n(to.stride)?,
+                flag(false),
+            ];
+            self.run(m, "matvec_1", [w.rows.div_ceil(4), to.rows, 1], 128, 0, &args)?;
+        }
+        Ok(())
+    }
+
+    /// `out[r][h] = sum_i x[r][h * step + i] w[h * head_rows + i]` over the first `len` rows of each head; out `[rows, heads, cols]`.
+    pub fn transposed(
+        &self,
+        w: Matrix,
+        (heads, head_rows, len): (usize, usize, usize),
+        x: Floats,
+        step: usize,
+        out: u64,
+    ) -> Result<(), KernelError> {
+        let m = modules::of_format(w.dtype);
+        Self::rows(x.rows, |r| {
+            let (x, to) = (x.part(r.clone()), out + 4 * (r.start * heads * w.cols) as u64);
+            let args = [
+                p(w.at),
+                p(w.row_bytes() as u64),
+                n(layout::blocks(w.dtype, w.cols))?,
+                n(head_rows)?,
+                n(len)?,
+                p(x.at),
+                n(x.stride)?,
+                n(step)?,
+                p(to),
+            ];
+            self.run(m, "transposed", [w.cols.div_ceil(128), heads, x.rows], 128, 0, &args)
+        })
+    }
+
+    /// `out[j] = scale * table[ids[j]]`.
+    pub fn embed(&self, table: Matrix, ids: u64, scale: f32, out: Floats) -> Result<(), KernelError> {
+        let m = modules::of_format(table.dtype);
+        Self::rows(out.rows, |r| {
+            let (to, ids) = (out.part(r.clone()), ids + 4 * r.start as u64);
+            let args = [
+                p(table.at),
+                p(table.row_bytes() as u64),
+                n(layout::blocks(table.dtype, table.cols))?,
+                p(ids),
+                Arg::F32(scale),
+                p(to.at),
+                n(to.stride)?,
+            ];
+            self.run(m, "embed", [table.cols.div_ceil(256), to.rows, 1], 256, 0, &args)
+        })
+    }
+
+    /// Logits `[rows, experts]` of a router in f32.
+    pub fn router_logits(&self, w: Matrix, x: Floats, logits: u64) -> Result<(), KernelError> {
+        if w.dtype != DType::F32 || w.row_bytes() != 4 * w.cols {
+            return refuse(format!("a router of {} with rows of {} values", w.dtype, w.cols));
+        }
+        let m = self.base("router")?;
+        Self::rows(x.rows, |r| {
+            let to = logits + 4 * (r.start * w.rows) as u64;
+            let x = x.part(r);
+            let args = [p(w.at), p(x.at), n(x.stride)?, n(w.cols)?, p(to)];
+            self.run(m, "router_logits", [w.rows, x.rows, 1], 64, 0, &args)
+        })
+    }
+
+    /// Chosen experts and their weights, `[rows, used]` each.
+    pub fn route(
+        &self,
+        logits: Floats,
+        gating: Gating,
+        correction: u64,
+        groups: Option<Groups>,
+        (used, normalize, scale): (usize, bool, f32),
+        ids: u64,
+        weights: u64,
+    ) -> Result<(), KernelError> {
+        let m = self.base("router")?;
+        let (count, kept, sums) =
+            groups.map_or((0, 0, false), |g| (g.count, g.used, g.score == GroupScore::Top2Sum));
+        Self::rows(logits.rows, |r| {
+            let skip = 4 * (r.start * used) as u64;
+            let l = logits.part(r);
+            let args = [
+                p(l.at),
+                n(l.cols)?,
+                flag(gating == Gating::Sigmoid),
+                p(correction),
+                n(count)?,
+                n(kept)?,
+                flag(sums),
+                n(used)?,
+                flag(normalize),
+                Arg::F32(scale),
+                p(ids + skip),
+                p(weights + skip),
+            ];
+            self.run(m, "route", [1, l.rows, 1], 32, 2 * l.cols + count, &args)
+        })
+    }
+
+    /// Parts `[rows, heads, splits, value + 2]` of grouped-query attention.
+    pub fn attend(&self, a: &Gqa, l: Lists, parts: u64) -> Result<(), KernelError> {
+        if a.value > MAX_VALUE {
+            return refuse(format!("heads of {} values; {MAX_VALUE} are possible", a.value));
+        }
+        let m = self.pair("attention", a.k, a.v)?;
+        let group = a.heads / a.kv_heads;
+        let args = [
+            p(a.q.at),
+            p(a.q_sink),
+            n(a.q.stride)?,
+            p(a.k.at),
+            p(a.k.row_bytes() as u64),
+            p(a.v.at),
+            p(a.v.row_bytes() as u64),
+            n(a.kv_heads)?,
+            n(group)?,
+            n(a.key)?,
+            n(a.value)?,
+            Arg::F32(a.scale),
+            p(l.spans),
+            p(l.ends),
+            n(SPLIT)?,
+            p(parts),
+        ];
+        let grid = [l.splits(), a.kv_heads * group.div_ceil(HEADS), l.rows];
+        self.run(m, "attend", grid, 128, TILE * (a.key + 1), &args)
+    }
+
+    /// Parts `[rows, heads, splits, latent + 2]` of absorbed MLA.
+    pub fn attend_mla(&self, a: &Absorbed, l: Lists, parts: u64) -> Result<(), KernelError> {
+        if a.latent > MAX_VALUE {
+            return refuse(format!("latents of {} values; {MAX_VALUE} are possible", a.latent));
+        }
+        let m = self.pair("attention", a.latents, a.k_pe)?;
+        let args = [
+            p(a.q_latent),
+            p(a.q.at),
+            p(a.q_sink),
+            n(a.q.stride)?,
+            p(a.latents.at),
+            p(a.latents.row_bytes() as u64),
+            p(a.k_pe.at),
+            p(a.k_pe.row_bytes() as u64),
+            n(a.heads)?,
+            n(a.latent)?,
+            n(a.nope)?,
+            n(a.rope)?,
+            Arg::F32(a.scale),
+            p(l.spans),
+            p(l.ends),
+            n(SPLIT)?,
+            p(parts),
+        ];
+        let grid = [l.splits(), a.heads.div_ceil(HEADS), l.rows];
+        self.run(m, "attend_mla", grid, 128, TILE * (a.latent + a.rope + 1), &args)
+    }
+
+    /// The parts put together: out `[rows, heads * value]`; the caches only say which module is loaded already.
+    pub fn merge(
+        &self,
+        (first, second): (Cache, Cache),
+        parts: u64,
+        (heads, value): (usize, usize),
+        l: Lists,
+        out: Floats,
+    ) -> Result<(), KernelError> {
+        let m = self.pair("attention", first, second)?;
+        let args = [
+            p(parts),
+            n(l.splits())?,
+            n(value)?,
+            p(l.spans),
+            p(l.ends),
+            n(SPLIT)?,
+            p(out.at),
+            n(out.stride)?,
+        ];
+        self.run(m, "merge", [heads, l.rows, 1], 128, 0, &args)
+    }
+
+    /// Adds the probabilities of row `row` to mass `[kv_heads, slots]`, after `attend`.
+    pub fn mass(&self, a: &Gqa, l: Lists, row: usize, parts: u64, mass: Floats) -> Result<(), KernelError> {
+        let m = self.pair("mass", a.k, a.v)?;
+        let group = a.heads / a.kv_heads;
+        let args = [
+            p(a.q.at),
+            p(a.q_sink),
+            n(a.q.stride)?,
+            p(a.k.at),
+            p(a.k.row_bytes() as u64),
+            n(a.kv_heads)?,
+            n(group)?,
+            n(a.key)?,
+            n(a.value)?,
+            Arg::F32(a.scale),
+            p(l.spans),
+            p(l.ends),
+            n(row)?,
+            n(SPLIT)?,
+            p(parts),
+            n(l.splits())?,
+            p(mass.at),
+            n(mass.stride)?,
+        ];
+        self.run(m, "mass", [l.longest.div_ceil(64), a.kv_heads, 1], 128, 2 * group, &args)
+    }
+
+    /// The same after `attend_mla`; mass `[1, slots]`.
+    pub fn mass_mla(
+        &self,
+        a: &Absorbed,
+        l: Lists,
+        row: usize,
+        parts: u64,
+        mass: Floats,
+    ) -> Result<(), KernelError> {
+        let m = self.pair("mass", a.latents, a.k_pe)?;
+        let args = [
+            p(a.q_latent),
+            p(a.q.at),
+            p(a.q_sink),
+            n(a.q.stride)?,
+            p(a.latents.at),
+            p(a.latents.row_bytes() as u64),
+            p(a.k_pe.at),
+            p(a.k_pe.row_bytes() as u64),
+            n(a.heads)?,
+            n(a.latent)?,
+            n(a.nope)?,
+            n(a.rope)?,
+            Arg::F32(a.scale),
+            p(l.spans),
+            p(l.ends),
+            n(row)?,
+            n(SPLIT)?,
+            p(parts),
+            n(l.splits())?,
+            p(mass.at),
+        ];
+        self.run(m, "mass_mla", [l.longest.div_ceil(64), 1, 1], 128, 2 * a.heads, &args)
+    }
+
+    /// The module of a kind for a layer's two caches.
+    fn pair(&self, kind: &str, first: Cache, second: Cache) -> Result<&'static Ptx, KernelError> {
+        let (a, b) = (first.dtype, second.dtype);
+        let none = || {
+            refuse(format!(
+                "no {kind} kernels for caches of {a} and {b}: use one type, or two of f16, q8_0, q4_0"
+            ))
+        };
+        modules::of_pair(kind, a, b).map_or_else(none, Ok)
+    }
+
+    /// Stores row i of x in slot `slots[i]`; slots differ.
+    pub fn cache_write(&self, x: Floats, cache: Cache, slots: u64) -> Result<(), KernelError> {
+        let m = self.of("store", cache.dtype)?;
+        Self::rows(x.rows, |r| {
+            let (x, slots) = (x.part(r.clone()), slots + 4 * r.start as u64);
+            let args = [
+                p(x.at),
+                n(x.stride)?,
+                n(x.cols)?,
+                p(cache.at),
+                p(cache.row_bytes() as u64),
+                n(cache.width)?,
+                n(0)?,
+                p(slots),
+            ];
+            self.run(m, "cache_write", [x.cols.div_ceil(256), x.rows, 1], 256, 0, &args)
+        })
+    }
+
+    /// Moves byte ranges of a cache's rows, `(from, to)` pairs of slots at `moves`, in order.
+    pub fn kv_move(
+        &self,
+        cache: Cache,
+        moves: u64,
+        count: usize,
+        ranges: [Range<usize>; 2],
+    ) -> Result<(), KernelError> {
+        let [a, b] = ranges;
+        let bytes = a.len() + b.len();
+        let args = [
+            p(cache.at),
+            p(cache.row_bytes() as u64),
+            p(moves),
+            n(count)?,
+            n(a.start)?,
+            n(a.len())?,
+            n(b.start)?,
+            n(b.len())?,
+        ];
+        self.run(self.base("cache")?, "kv_move", [bytes.div_ceil(256), 1, 1], 128, 0, &args)
+    }
+
+    /// `ids[i] = i % heads` for i below `count`.
+    pub fn cycle(&self, ids: u64, count: usize, heads: usize) -> Result<(), KernelError> {
+        let args = [p(ids), n(count)?, n(heads)?];
+        self.run(self.base("cache")?, "cycle", [count.div_ceil(128), 1, 1], 128, 0, &args)
+    }
+}

@@ -1,0 +1,163 @@
+//! What kernels work on, as addresses, sizes and strides: made of buffers, weights and caches, taken by `launch`.
+
+use super::layout;
+use crate::{KernelError, View, ViewMut, Weight};
+use quant::DType;
+use std::ops::Range;
+
+/// Bytes of 256 rounded activations: `Block` of matvec.cu.
+pub const BLOCK_BYTES: usize = 448;
+/// Entries of a part of a row's list. Fixed, so that bits do not depend on what else there is.
+pub const SPLIT: usize = 128;
+
+/// Activations in device memory: `rows` rows of `cols` values, `stride` values apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Floats {
+    pub at: u64,
+    pub stride: usize,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl Floats {
+    /// Rows without gaps.
+    pub fn dense(at: u64, rows: usize, cols: usize) -> Self {
+        Self { at, stride: cols, rows, cols }
+    }
+
+    pub fn of(x: &View<'_>) -> Result<Self, KernelError> {
+        let (at, stride) = x.address().ok_or(KernelError::Place { op: "cuda" })?;
+        Ok(Self { at, stride, rows: x.rows(), cols: x.cols() })
+    }
+
+    pub fn of_mut(x: &ViewMut<'_>) -> Result<Self, KernelError> {
+        let (at, stride) = x.address().ok_or(KernelError::Place { op: "cuda" })?;
+        Ok(Self { at, stride, rows: x.rows(), cols: x.cols() })
+    }
+
+    /// Some of the rows.
+    pub fn part(self, rows: Range<usize>) -> Self {
+        Self { at: self.at + 4 * (rows.start * self.stride) as u64, rows: rows.len(), ..self }
+    }
+
+    /// Heads of `width` columns, `step` apart, as rows of their own; `None` where rows have gaps that heads have not.
+    pub fn heads(self, width: usize, step: usize) -> Option<Self> {
+        let heads = self.cols / step;
+        (self.stride == heads * step).then(|| Self {
+            rows: self.rows * heads,
+            stride: step,
+            cols: width,
+            ..self
+        })
+    }
+}
+
+/// Rows rounded to int8: `stride` blocks each.
+#[derive(Clone, Copy, Debug)]
+pub struct Rounded {
+    pub at: u64,
+    pub stride: usize,
+}
+
+/// What a product reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Input {
+    pub float: Floats,
+    /// Needed where a weight's format asks for it.
+    pub rounded: Option<Rounded>,
+}
+
+impl Input {
+    pub fn part(self, rows: Range<usize>) -> Self {
+        let skip = |r: Rounded| Rounded { at: r.at + (rows.start * r.stride * BLOCK_BYTES) as u64, ..r };
+        Self { rounded: self.rounded.map(skip), float: self.float.part(rows) }
+    }
+}
+
+/// Weights in device memory: matrices of `rows` rows, `matrix_rows` apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    pub at: u64,
+    pub dtype: DType,
+    pub rows: usize,
+    pub cols: usize,
+    pub matrix_rows: usize,
+}
+
+impl Matrix {
+    pub fn of(w: &Weight) -> Result<Self, KernelError> {
+        let at = w.address().ok_or(KernelError::Place { op: "cuda" })?;
+        Ok(Self { at, dtype: w.dtype(), rows: w.rows(), cols: w.cols(), matrix_rows: w.rows() })
+    }
+
+    /// Rows `rows` of every matrix.
+    pub fn part(self, rows: Range<usize>) -> Self {
+        Self { at: self.at + (rows.start * self.row_bytes()) as u64, rows: rows.len(), ..self }
+    }
+
+    pub fn row_bytes(&self) -> usize {
+        layout::row_bytes(self.dtype, self.cols)
+    }
+}
+
+/// A cache in device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Cache {
+    pub at: u64,
+    pub dtype: DType,
+    pub width: usize,
+}
+
+impl Cache {
+    pub fn row_bytes(&self) -> usize {
+        layout::row_bytes(self.dtype, self.width)
+    }
+}
+
+/// What rows see: ends of each row's part of the spans, and the spans (start, length, sink).
+#[derive(Clone, Copy, Debug)]
+pub struct Lists {
+    pub ends: u64,
+    pub spans: u64,
+    pub rows: usize,
+    /// Entries of the longest.
+    pub longest: usize,
+}
+
+impl Lists {
+    pub fn splits(&self) -> usize {
+        self.longest.div_ceil(SPLIT)
+    }
+}
+
+/// Grouped heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Gqa {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub key: usize,
+    pub value: usize,
+    pub scale: f32,
+    pub q: Floats,
+    /// 0: none.
+    pub q_sink: u64,
+    pub k: Cache,
+    pub v: Cache,
+}
+
+/// MLA in its absorbed form.
+#[derive(Clone, Copy, Debug)]
+pub struct Absorbed {
+    pub heads: usize,
+    pub latent: usize,
+    pub nope: usize,
+    pub rope: usize,
+    pub scale: f32,
+    /// `[rows, heads, latent]`.
+    pub q_latent: u64,
+    pub q: Floats,
+    /// 0: none.
+    pub q_sink: u64,
+    pub latents: Cache,
+    pub k_pe: Cache,
+}

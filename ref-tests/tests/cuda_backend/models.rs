@@ -1,0 +1,183 @@
+//! Whole models through the engine: logits against Hugging Face's with the CPU's bars, sequences that outlive their cache, and memory as
+//! it was planned.
+
+use crate::{gpu, interpreted};
+use engine::gguf::File;
+use engine::plan::{GpuNeeds, PlanOptions};
+use engine::{Context, EngineError, LoadOptions, Model, Session, SessionOptions};
+use kernels::Device;
+use quant::DType;
+use ref_tests::{compare, fixture, read_npy, read_tokens};
+use std::sync::Arc;
+
+fn load(name: &str, device: Option<&Device>) -> Arc<Model> {
+    let options = LoadOptions { threads: 1, device: device.cloned(), ..Default::default() };
+    Model::load(&fixture(name).join("model.gguf"), &options).expect("the fixture loads")
+}
+
+fn eval(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
+    let mut out = Vec::new();
+    let keep = |_, row: &[f32]| {
+        out.extend_from_slice(row);
+        Ok::<_, EngineError>(())
+    };
+    session.eval_all(tokens, keep).expect("evaluation");
+    out
+}
+
+fn options(ctx: usize, batch: usize, cache: DType) -> SessionOptions {
+    SessionOptions { ctx, batch, cache_k: cache, cache_v: cache, ..Default::default() }
+}
+
+/// Logits of the first `n` tokens, in batches of `batch`.
+fn logits(name: &str, device: Option<&Device>, n: usize, batch: usize, cache: DType) -> Vec<f32> {
+    let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..n];
+    let mut session = Session::new(&load(name, device), &options(n, batch, cache)).expect("a session");
+    eval(&mut session, tokens)
+}
+
+#[test]
+fn logits_are_hugging_faces() {
+    // More tokens than gemma3's window of 16, and than a product's eight columns.
+    for (name, n) in [
+        ("llama3", 11),
+        ("mistral", 9),
+        ("qwen2", 9),
+        ("qwen3", 9),
+        ("qwen3moe", 10),
+        ("gemma3", 19),
+        ("deepseek2-v2-lite", 9),
+        ("deepseek2-v2-lite-old", 9),
+        ("deepseek2-v3", 10),
+    ] {
+        let (_, vocab, reference) = read_npy(&fixture(name).join("logits.npy"));
+        let start = std::time::Instant::now();
+        let d = compare(&reference[..n * vocab], &logits(name, Some(&gpu()), n, n, DType::F32), vocab);
+        println!("{name}: {d:?}, {:.1?}", start.elapsed());
+        assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}: {d:?}");
+    }
+}
+
+/// Quantised weights and caches, token by token: a prompt's rows the CPU may compute by MLA's expanded form, which rounds less.
+#[test]
+fn quantised_models_are_the_cpus() {
+    for (name, cache) in [
+        ("quantised/q-llama-q4_k_m", DType::F16),
+        ("quantised/q-llama-q4_0", DType::Q8_0),
+        ("quantised/q-gemma3-qat", DType::BF16),
+        ("quantised/q-deepseek2-q4_k_m", DType::F16),
+        ("quantised/q-deepseek2-mxfp4", DType::Q8_0),
+    ] {
+        let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..6];
+        let run = |device: Option<&Device>| {
+            let mut session = Session::new(&load(name, device), &options(8, 1, cache)).expect("a session");
+            let rows = tokens.iter().map(|t| session.eval(&[*t]).expect("evaluation").to_vec());
+            rows.collect::<Vec<_>>().concat()
+        };
+        let want = run(None);
+        let d = compare(&want, &run(Some(&gpu())), want.len() / tokens.len());
+        println!("{name}: {d:?}");
+        assert!(d.max_kl <= 1e-5 && d.top1 == 1.0, "{name}: {d:?}");
+    }
+}
+
+/// Neither the batch nor what was computed before changes a bit.
+#[test]
+fn batches_do_not_change_a_bit() {
+    for name in ["llama3", "deepseek2-v3"] {
+        let dev = gpu();
+        let whole = logits(name, Some(&dev), 10, 10, DType::F16);
+        for batch in [1, 3] {
+            let other = logits(name, Some(&dev), 10, batch, DType::F16);
+            let differs = whole.iter().zip(&other).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{name}: batches of {batch}");
+        }
+    }
+}
+
+/// Rings with sinks, policies that measure, evict, move and turn: what the cache does with its own rows.
+#[test]
+fn caches_that_forget_are_the_cpus() {
+    for (name, kv) in [
+        ("llama3", "sinks:2+window:6"),
+        ("deepseek2-v2-lite", "sinks:2+window:6"),
+        ("llama3", "h2o:budget=8"),
+        ("deepseek2-v2-lite", "h2o:budget=8,positions=compact"),
+        ("qwen3", "snapkv:budget=8"),
+    ] {
+        let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..16];
+        let run = |device: Option<&Device>| {
+            let kv = kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"));
+            let o = SessionOptions { kv, ..options(64, 4, DType::F32) };
+            eval(&mut Session::new(&load(name, device), &o).expect("a session"), tokens)
+        };
+        let (want, got) = (run(None), run(Some(&gpu())));
+        let d = compare(&want, &got, want.len() / tokens.len());
+        println!("{name}, {kv}: {d:?}");
+        assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}, {kv}: {d:?}");
+    }
+}
+
+/// A saved sequence goes on with the same bits, on the GPU as on the CPU that read its file.
+#[test]
+fn saved_sequences_go_on() {
+    let dev = gpu();
+    let model = load("llama3", Some(&dev));
+    let tokens = &read_tokens(&fixture("llama3").join("tokens.json"))[..8];
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("saved");
+    let o = options(16, 8, DType::Q8_0);
+    let mut session = Session::new(&model, &o).expect("a session");
+    eval(&mut session, &tokens[..5]);
+    session.save(&path).expect("saved");
+    let want = eval(&mut session, &tokens[5..]);
+    for device in [Some(&dev), None] {
+        let mut other = Session::new(&load("llama3", device), &o).expect("a session");
+        other.load(&path).expect("loaded");
+        let got = eval(&mut other, &tokens[5..]);
+        match device {
+            Some(_) => assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits())),
+            None => assert!(compare(&want, &got, want.len() / 3).max_kl <= 1e-6),
+        }
+    }
+}
+
+/// A decoded token waits for the GPU once, for its logits, whatever the model.
+#[test]
+fn decoding_waits_for_the_logits_alone() {
+    for name in ["llama3", "qwen3moe", "deepseek2-v3"] {
+        let (dev, on) = interpreted();
+        let tokens = read_tokens(&fixture(name).join("tokens.json"));
+        let o = options(16, 8, DType::F16);
+        let mut session = Session::new(&load(name, Some(&dev)), &o).expect("a session");
+        eval(&mut session, &tokens[..3]);
+        let before = on.counts();
+        eval(&mut session, &tokens[3..4]);
+        let after = on.counts();
+        println!("{name}: {} launches a token", after.0 - before.0);
+        assert_eq!(after.1 - before.1, 1, "{name}");
+    }
+}
+
+/// What the plan says of a GPU is what a run holds on it, to the byte.
+#[test]
+fn memory_is_what_was_planned() {
+    for (name, kv, cache) in [
+        ("llama3", "full", DType::F16),
+        ("quantised/q-gemma3-qat", "sinks:2+window:20", DType::Q8_0),
+        ("deepseek2-v3", "h2o:budget=8", DType::F32),
+        ("qwen3moe", "snapkv:budget=8", DType::BF16),
+    ] {
+        let dev = gpu();
+        let kv = kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"));
+        let session = SessionOptions { kv, cache_k_pe: Some(cache), ..options(40, 16, cache) };
+        let file = File::headers(fixture(name).join("model.gguf")).expect("headers");
+        let o = PlanOptions { session, parallel: 2, ..PlanOptions::default() };
+        let planned = GpuNeeds::of(&file, &o).expect("a plan");
+        let model = load(name, Some(&dev));
+        assert_eq!(dev.held() as u64, planned.weights, "{name}: weights");
+        let context = Context::new(&model, &o.session, 2).expect("a context");
+        assert_eq!(dev.held() as u64, planned.total(), "{name}: all");
+        assert_eq!(context.scratch_bytes() as u64, planned.scratch, "{name}: scratch");
+    }
+}
