@@ -3,11 +3,11 @@
 //! which kernel an entry point is, is `launch`'s.
 
 use super::gpu::{Counted, Gpu, Memory};
-use super::launch::Launcher;
+use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
 use super::modules;
-use super::operands::{Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, SPLIT};
-use super::scratch::{Area, Scratch, Sizes};
+use super::operands::{BLOCK_BYTES, Cache, Floats, Input, Matrix, Sorted};
+use super::scratch::{Area, Scratch, Sizes, tile_bytes};
 use crate::backend::*;
 use crate::cpu::CpuBackend;
 use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weight};
@@ -39,7 +39,7 @@ pub fn kv_bytes(dtype: DType, slots: usize, width: usize) -> Result<usize, Kerne
 pub struct CudaBackend {
     name: String,
     gpu: Arc<Counted>,
-    kernels: Launcher,
+    pub(super) kernels: Launcher,
     scratch: Mutex<Scratch>,
     /// For what goes through the host.
     host: CpuBackend,
@@ -74,34 +74,47 @@ impl CudaBackend {
     }
 
     /// x rounded into `area`, if one of the weights asks for it. The area must hold it.
-    fn input(&self, s: &Scratch, area: Area, x: Floats, weights: &[&Weight]) -> Result<Input, KernelError> {
+    pub(super) fn input(
+        &self,
+        s: &Scratch,
+        area: Area,
+        x: Floats,
+        weights: &[&Weight],
+    ) -> Result<Input, KernelError> {
         let needed = weights.iter().any(|w| layout::rounds(w.dtype()));
         let rounded = if needed { Some(self.kernels.round(x, s.at(area))?) } else { None };
         Ok(Input { float: x, rounded })
     }
 
-    /// `act(gate x) * up x` of `jobs` rows in [`Area::Gate`], as `down` reads them. `ids`: a stack's matrices, for each row of x so
-    /// many.
+    /// `act(gate x) * up x` in [`Area::Gate`], as `down` reads it. `ids`: matrices of a stack, for each row of x so many; sorted where
+    /// there are many rows.
     fn hidden(
         &self,
         s: &mut Scratch,
         f: &Ffn<'_>,
         x: Input,
         ids: Option<(u64, usize)>,
+        sorted: Option<Sorted>,
     ) -> Result<Input, KernelError> {
         let width = f.gate.rows();
         let jobs = x.float.rows * ids.map_or(1, |i| i.1);
         s.room(Area::Gate, 4 * jobs * width, 4 * jobs * width)?;
         s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
         let [gate, up] = [Area::Gate, Area::Up].map(|a| Floats::dense(s.at(a), jobs, width));
-        for (w, to) in [(f.gate, gate), (f.up, up)] {
-            let w = Matrix::of(w)?;
-            match ids {
-                Some((ids, used)) => self.kernels.experts(w, x, ids, used, to)?,
-                None => self.kernels.product(w, x, 0, to, false)?,
+        let (g, u) = (Matrix::of(f.gate)?, Matrix::of(f.up)?);
+        let many = sorted.is_some() || (ids.is_none() && x.float.rows > COLUMNS);
+        if many && g.dtype == u.dtype {
+            self.kernels.matmul(g, x, sorted, Some((u, f.act)), 0, gate, false)?;
+        } else {
+            for (w, to) in [(g, gate), (u, up)] {
+                match (sorted, ids) {
+                    (Some(_), _) => self.kernels.matmul(w, x, sorted, None, 0, to, false)?,
+                    (None, Some((ids, used))) => self.kernels.experts(w, x, ids, used, to)?,
+                    (None, None) => self.kernels.product(w, x, 0, to, false)?,
+                }
             }
+            self.kernels.glu(gate, up, f.act)?;
         }
-        self.kernels.glu(gate, up, f.act)?;
         if layout::rounds(f.down.dtype()) {
             let bytes = jobs * width.div_ceil(256) * BLOCK_BYTES;
             s.room(Area::Hidden, bytes, bytes)?;
@@ -124,50 +137,24 @@ impl CudaBackend {
         Ok(n)
     }
 
-    /// The next rows of a call of attention, at most `most`, and their lists on the device. `each`: bytes of one part of a row.
-    fn pass(
+    /// The jobs of `rows` rows by expert (or head), where there are so many rows that experts are worth a tile.
+    pub(super) fn sorted(
         &self,
         s: &mut Scratch,
-        v: &Visible,
-        first: usize,
-        most: usize,
-        each: usize,
-    ) -> Result<(Range<usize>, Lists), KernelError> {
-        let parts = |longest: usize| longest.div_ceil(SPLIT) * each;
-        let all = (first..first + most).map(|i| v.seen(i)).max().unwrap_or(0);
-        let room = s.room(Area::Parts, parts(v.seen(first)), most * parts(all))?;
-        let spans: usize = (first..first + most).map(|i| v.row(i).len()).sum();
-        let lists = s.room(Area::Lists, 4 + 12 * v.row(first).len(), 4 * most + 12 * spans)?;
-        let (mut end, mut longest, mut spans) = (first, 0, 0);
-        while end < first + most {
-            let (seen, more) = (longest.max(v.seen(end)), spans + v.row(end).len());
-            let n = end + 1 - first;
-            if end > first && (n * parts(seen) > room || 4 * n + 12 * more > lists) {
-                break;
-            }
-            (end, longest, spans) = (end + 1, seen, more);
+        ids: u64,
+        rows: usize,
+        used: usize,
+        experts: usize,
+    ) -> Result<Option<Sorted>, KernelError> {
+        if rows <= COLUMNS {
+            return Ok(None);
         }
-        let rows = end - first;
-        let mut words = Vec::with_capacity(rows + 3 * spans);
-        let mut at = 0;
-        words.extend((first..end).map(|i| {
-            at += v.row(i).len() as u32;
-            at
-        }));
-        words.extend((first..end).flat_map(|i| v.row(i)).flat_map(|s| [s.start, s.len, u32::from(s.sink)]));
-        let ends = s.send(&[Area::Lists, Area::OtherLists], &words)?;
-        Ok((first..end, Lists { ends, spans: ends + 4 * rows as u64, rows, longest }))
-    }
-
-    /// `ids[i] = i % heads`, for `count` of them.
-    fn head_ids(&self, s: &mut Scratch, count: usize, heads: usize) -> Result<u64, KernelError> {
-        s.room(Area::HeadIds, 4 * count, 4 * count)?;
-        let at = s.at(Area::HeadIds);
-        if s.cycle.0 != heads || s.cycle.1 < count {
-            self.kernels.cycle(at, count, heads)?;
-            s.cycle = (heads, count);
-        }
-        Ok(at)
+        let jobs = rows * used;
+        s.room(Area::JobOrder, 4 * jobs, 4 * jobs)?;
+        s.room(Area::JobTiles, tile_bytes(jobs, experts), tile_bytes(jobs, experts))?;
+        let (order, tiles) = (s.at(Area::JobOrder), s.at(Area::JobTiles));
+        self.kernels.sort_experts(ids, jobs, experts, order, tiles)?;
+        Ok(Some(Sorted { order, tiles, count: jobs / TILE_COLUMNS + experts, share: used }))
     }
 
     /// Runs of neighbouring slots: first slot, place in `slots`, length.
@@ -203,7 +190,7 @@ fn address(x: Option<u64>) -> Result<u64, KernelError> {
     x.ok_or(KernelError::Place { op: "cuda" })
 }
 
-fn cache_of(c: &KvBuf) -> Result<Cache, KernelError> {
+pub(super) fn cache_of(c: &KvBuf) -> Result<Cache, KernelError> {
     Ok(Cache { at: address(c.address())?, dtype: c.dtype(), width: c.width() })
 }
 
@@ -361,7 +348,7 @@ impl Backend for CudaBackend {
         for first in (0..x.rows).step_by(n) {
             let rows = first..x.rows.min(first + n);
             let input = self.input(s, Area::Input, x.part(rows.clone()), &[f.gate, f.up])?;
-            let hidden = self.hidden(s, &f, input, None)?;
+            let hidden = self.hidden(s, &f, input, None, None)?;
             let out = out.part(rows);
             self.kernels.product(Matrix::of(f.down)?, hidden, 0, out, write == Write::Add)?;
         }
@@ -428,6 +415,7 @@ impl Backend for CudaBackend {
         }
         let mut n = self.ffn_rows(s, &experts, used, x.rows)?;
         n = n.min(s.rows(Area::Experts, 4 * used * out.cols, x.rows)?);
+        n = n.min(s.rows(Area::JobOrder, 4 * used, x.rows)?);
         let mut inner = vec![experts.gate, experts.up];
         if let Some(f) = &shared {
             n = n.min(self.ffn_rows(s, f, 1, x.rows)?).min(s.rows(Area::Shared, 4 * out.cols, x.rows)?);
@@ -438,16 +426,23 @@ impl Backend for CudaBackend {
             let input = self.input(s, Area::Input, x.part(rows.clone()), &inner)?;
             let mut beside = 0;
             if let Some(f) = &shared {
-                let hidden = self.hidden(s, f, input, None)?;
+                let hidden = self.hidden(s, f, input, None, None)?;
                 beside = s.at(Area::Shared);
                 let to = Floats::dense(beside, rows.len(), out.cols);
                 self.kernels.product(Matrix::of(f.down)?, hidden, 0, to, false)?;
             }
             let skip = 4 * (first * used) as u64;
             let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
-            let hidden = self.hidden(s, &experts, input, Some((ids, used)))?;
+            let sorted = self.sorted(s, ids, rows.len(), used, experts.gate.count())?;
+            let hidden = self.hidden(s, &experts, input, Some((ids, used)), sorted)?;
             let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);
-            self.kernels.experts(Matrix::of(experts.down)?, hidden, ids, 1, each)?;
+            let down = Matrix::of(experts.down)?;
+            match sorted {
+                Some(j) => {
+                    self.kernels.matmul(down, hidden, Some(Sorted { share: 1, ..j }), None, 0, each, false)?
+                }
+                None => self.kernels.experts(down, hidden, ids, 1, each)?,
+            }
             let add = write == Write::Add;
             self.kernels.mix_experts(each, weights, used, beside, out.part(rows), add)?;
         }
@@ -549,130 +544,10 @@ impl Backend for CudaBackend {
         out: ViewMut<'_>,
         mass: Option<Mass<'_>>,
     ) -> Result<(), KernelError> {
-        let s = &mut *self.scratch();
-        let (q, out, n) = (Floats::of(&a.q)?, Floats::of_mut(&out)?, a.q.rows());
-        let sinks = sinks(a.q_sink, &q)?;
-        let (k, v) = (cache_of(a.k)?, cache_of(a.v)?);
-        let (key, value) = (k.width / a.kv_heads, v.width / a.kv_heads);
-        let each = 4 * a.heads * (value + 2);
-        let mut first = 0;
-        while first < n {
-            let (rows, lists) = self.pass(s, a.visible, first, n - first, each)?;
-            let q = q.part(rows.clone());
-            let op = Gqa {
-                heads: a.heads,
-                kv_heads: a.kv_heads,
-                key,
-                value,
-                scale: a.scale,
-                q,
-                q_sink: sinks.map_or(0, |x| x.part(rows.clone()).at),
-                k,
-                v,
-            };
-            let parts = s.at(Area::Parts);
-            self.kernels.attend(&op, lists, parts)?;
-            self.kernels.merge((k, v), parts, (a.heads, value), lists, out.part(rows.clone()))?;
-            if let Some(m) = &mass {
-                let to = Floats::of_mut(&m.out)?;
-                for row in m.rows.start.max(rows.start)..m.rows.end.min(rows.end) {
-                    self.kernels.mass(&op, lists, row - rows.start, parts, to)?;
-                }
-            }
-            first = rows.end;
-        }
-        Ok(())
+        self.attend(&mut self.scratch(), &a, out, mass)
     }
 
     fn mla(&self, m: Mla<'_>, out: ViewMut<'_>, mass: Option<Mass<'_>>) -> Result<(), KernelError> {
-        let s = &mut *self.scratch();
-        let (heads, latent, n) = (m.heads, m.latent.width(), m.q.rows());
-        let (q, out) = (Floats::of(&m.q)?, Floats::of_mut(&out)?);
-        let sinks = sinks(m.q_sink, &q)?;
-        let (latents, k_pe) = (cache_of(m.latent)?, cache_of(m.k_pe)?);
-        let step = m.nope + m.rope;
-        let gaps = || KernelError::Shape("cuda: MLA's queries and outputs must be whole rows".into());
-        let (k_b, v_b) = match m.up {
-            MlaUp::Split { k_b, v_b } => (k_b, v_b),
-            MlaUp::Joint { kv_b } => (kv_b, kv_b),
-        };
-        let values = match m.up {
-            MlaUp::Split { v_b, .. } => Matrix::of(v_b)?,
-            MlaUp::Joint { kv_b } => {
-                Matrix { matrix_rows: m.nope + m.value, ..Matrix::of(kv_b)? }.part(m.nope..m.nope + m.value)
-            }
-        };
-        // Rows that the areas hold.
-        let blocks = heads * m.nope.div_ceil(256).max(latent.div_ceil(256)) * BLOCK_BYTES;
-        let mut most = n;
-        for (area, each) in [
-            (Area::Absorbed, 4 * heads * latent),
-            (Area::Latents, 4 * heads * latent),
-            (Area::HeadIds, 4 * heads),
-            (
-                Area::Hidden,
-                if layout::rounds(k_b.dtype()) || layout::rounds(v_b.dtype()) { blocks } else { 0 },
-            ),
-        ] {
-            most = most.min(s.rows(area, each, n)?);
-        }
-        let each = 4 * heads * (latent + 2);
-        let mut first = 0;
-        while first < n {
-            let (rows, lists) = self.pass(s, m.visible, first, most.min(n - first), each)?;
-            let (q, jobs) = (q.part(rows.clone()), rows.len() * heads);
-            let ids = self.head_ids(s, jobs, heads)?;
-            // Queries into the coordinates of the latent.
-            let absorbed = Floats::dense(s.at(Area::Absorbed), jobs, latent);
-            match m.up {
-                MlaUp::Split { k_b, .. } => {
-                    let x = q.heads(m.nope, step).ok_or_else(gaps)?;
-                    let x = self.input(s, Area::Hidden, x, &[k_b])?;
-                    self.kernels.experts(Matrix::of(k_b)?, x, ids, 1, absorbed)?;
-                }
-                MlaUp::Joint { kv_b } => {
-                    let shape = (heads, m.nope + m.value, m.nope);
-                    self.kernels.transposed(Matrix::of(kv_b)?, shape, q, step, absorbed.at)?;
-                }
-            }
-            let op = Absorbed {
-                heads,
-                latent,
-                nope: m.nope,
-                rope: m.rope,
-                scale: m.scale,
-                q_latent: absorbed.at,
-                q,
-                q_sink: sinks.map_or(0, |x| x.part(rows.clone()).at),
-                latents,
-                k_pe,
-            };
-            let parts = s.at(Area::Parts);
-            self.kernels.attend_mla(&op, lists, parts)?;
-            let sums = Floats::dense(s.at(Area::Latents), rows.len(), heads * latent);
-            self.kernels.merge((latents, k_pe), parts, (heads, latent), lists, sums)?;
-            if let Some(mass) = &mass {
-                let to = Floats::of_mut(&mass.out)?;
-                for row in mass.rows.start.max(rows.start)..mass.rows.end.min(rows.end) {
-                    self.kernels.mass_mla(&op, lists, row - rows.start, parts, to)?;
-                }
-            }
-            // And what they saw out of them.
-            let x = self.input(s, Area::Hidden, Floats::dense(sums.at, jobs, latent), &[v_b])?;
-            let to = out.part(rows.clone()).heads(m.value, m.value).ok_or_else(gaps)?;
-            self.kernels.experts(values, x, ids, 1, to)?;
-            first = rows.end;
-        }
-        Ok(())
+        self.attend_latents(&mut self.scratch(), &m, out, mass)
     }
-}
-
-/// The queries for sinks, which lie as the others do.
-fn sinks(x: Option<View<'_>>, q: &Floats) -> Result<Option<Floats>, KernelError> {
-    let Some(x) = x else { return Ok(None) };
-    let x = Floats::of(&x)?;
-    if x.stride != q.stride {
-        return Err(KernelError::Shape("cuda: queries for sinks must lie as the others do".into()));
-    }
-    Ok(Some(x))
 }

@@ -4,15 +4,17 @@
 use super::gpu::{Arg, Counted, GpuError, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
-use super::operands::{Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Rounded, SPLIT};
+use super::operands::{
+    Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Rounded, SPLIT, Sorted, Tiles,
+};
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// Columns that a product takes at once.
-const COLUMNS: usize = 8;
+/// Columns that a product takes at once without tensor cores.
+pub const COLUMNS: usize = 8;
 /// Blocks along y and z of a grid.
 const MAX_YZ: usize = 65_535;
 /// Dynamic shared memory that every GPU gives without being asked specially.
@@ -42,9 +44,13 @@ fn refuse<T>(what: String) -> Result<T, KernelError> {
     Err(KernelError::Shape(format!("cuda: {what}")))
 }
 
+/// Columns of a tile of products on tensor cores.
+pub const TILE_COLUMNS: usize = 32;
+
 /// Launches kernels, loading their modules when they are first asked for.
 pub struct Launcher {
     gpu: Arc<Counted>,
+    capability: (u32, u32),
     loaded: Mutex<Loaded>,
 }
 
@@ -56,7 +62,7 @@ struct Loaded {
 
 impl Launcher {
     pub fn new(gpu: Arc<Counted>) -> Self {
-        Self { gpu, loaded: Mutex::default() }
+        Self { capability: gpu.gpu.info().capability, gpu, loaded: Mutex::default() }
     }
 
     fn loaded(&self) -> MutexGuard<'_, Loaded> {
@@ -232,38 +238,161 @@ impl Launcher {
         Ok((rounded.at, rounded.stride))
     }
 
-    /// `out[c] (=|+=) W x[c] (+ bias)` for each row c of x, eight at a time; `bias` 0: none.
+    /// `out[c] (=|+=) W x[c] (+ bias)` for each row c of x, on tensor cores where there are many; `bias` 0: none.
     pub fn product(&self, w: Matrix, x: Input, bias: u64, out: Floats, add: bool) -> Result<(), KernelError> {
-        let m = modules::of_format(w.dtype);
-        for first in (0..out.rows).step_by(COLUMNS) {
-            let r = first..out.rows.min(first + COLUMNS);
-            let (columns, to) = (r.len(), out.part(r.clone()));
-            let (at, stride) = self.input(&w, &x.part(r))?;
-            let entry = match columns {
-                1 => "matvec_1",
-                2 => "matvec_2",
-                3 | 4 => "matvec_4",
-                _ => "matvec_8",
-            };
-            let args = [
-                p(w.at),
-                p(w.row_bytes() as u64),
-                p(0),
-                n(w.rows)?,
-                n(layout::blocks(w.dtype, w.cols))?,
-                p(at),
-                n(stride)?,
-                n(columns)?,
-                p(0),
-                n(1)?,
-                p(bias),
-                p(to.at),
-                n(to.stride)?,
-                flag(add),
-            ];
-            self.run(m, entry, [w.rows.div_ceil(4), 1, 1], 128, 0, &args)?;
+        let entry = match out.rows {
+            0 => return Ok(()),
+            1 => "matvec_1",
+            2 => "matvec_2",
+            3 | 4 => "matvec_4",
+            5..=COLUMNS => "matvec_8",
+            _ => return self.matmul(w, x, None, None, bias, out, add),
+        };
+        let (at, stride) = self.input(&w, &x)?;
+        let args = [
+            p(w.at),
+            p(w.row_bytes() as u64),
+            p(0),
+            n(w.rows)?,
+            n(layout::blocks(w.dtype, w.cols))?,
+            p(at),
+            n(stride)?,
+            n(out.rows)?,
+            p(0),
+            n(1)?,
+            p(bias),
+            p(out.at),
+            n(out.stride)?,
+            flag(add),
+        ];
+        self.run(modules::of_format(w.dtype), entry, [w.rows.div_ceil(4), 1, 1], 128, 0, &args)
+    }
+
+    /// The text of a product with many columns for this GPU.
+    pub fn many(&self, dtype: DType) -> Result<&'static Ptx, KernelError> {
+        let (major, minor) = self.capability;
+        let name = format!("matmul_{}", dtype.name().to_ascii_lowercase());
+        let text = modules::text_for(&name, 10 * major + minor);
+        text.map_or_else(|| refuse(format!("no module {name}")), Ok)
+    }
+
+    /// Many columns: all of x for one matrix, or `jobs` by expert, row j of out being job j. With `up`, `act(W x) * (up x)`. A column's
+    /// bits are those of the kernels for few.
+    pub fn matmul(
+        &self,
+        w: Matrix,
+        x: Input,
+        jobs: Option<Sorted>,
+        up: Option<(Matrix, Activation)>,
+        bias: u64,
+        out: Floats,
+        add: bool,
+    ) -> Result<(), KernelError> {
+        let (at, stride) = self.input(&w, &x)?;
+        let (features, threads) = if layout::rounds(w.dtype) { (64, 512) } else { (32, 256) };
+        let made = if up.is_some() { features / 2 } else { features };
+        let none = Sorted { order: 0, tiles: 0, count: out.rows.div_ceil(TILE_COLUMNS), share: 1 };
+        let jobs = jobs.unwrap_or(none);
+        let args = [
+            p(w.at),
+            p(w.row_bytes() as u64),
+            p((w.row_bytes() * w.matrix_rows) as u64),
+            n(w.rows)?,
+            n(layout::blocks(w.dtype, w.cols))?,
+            p(at),
+            n(stride)?,
+            n(out.rows)?,
+            p(jobs.order),
+            p(jobs.tiles),
+            n(jobs.share)?,
+            p(up.map_or(0, |u| u.0.at)),
+            flag(up.is_some_and(|u| u.1 == Activation::GeluTanh)),
+            p(bias),
+            p(out.at),
+            n(out.stride)?,
+            flag(add),
+        ];
+        let grid = [jobs.count, w.rows.div_ceil(made), 1];
+        self.run(self.many(w.dtype)?, "matmul", grid, threads, 0, &args)
+    }
+
+    /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / 32 + experts`.
+    pub fn sort_experts(
+        &self,
+        ids: u64,
+        jobs: usize,
+        experts: usize,
+        order: u64,
+        tiles: u64,
+    ) -> Result<(), KernelError> {
+        let args = [p(ids), n(jobs)?, p(order), p(tiles)];
+        self.run(self.base("router")?, "sort_experts", [experts, 1, 1], 256, experts, &args)
+    }
+
+    /// Whether prompts over such caches go in tiles; others go row by row.
+    pub fn takes_prompts(&self, first: Cache, second: Cache, value: usize) -> bool {
+        value <= 256 && modules::of_pair("prompt", first.dtype, second.dtype).is_some()
+    }
+
+    /// Attention of a prompt's rows; out `[rows, heads * value]`.
+    pub fn prompt(&self, a: &Gqa, t: Tiles, out: Floats) -> Result<(), KernelError> {
+        let m = self.pair("prompt", a.k, a.v)?;
+        let entry = match a.value {
+            0..=128 => "prompt_2",
+            129..=256 => "prompt_4",
+            _ => return refuse(format!("prompts with heads of {} values; 256 are possible", a.value)),
+        };
+        let group = a.heads / a.kv_heads;
+        let args = [
+            p(a.q.at),
+            p(a.q_sink),
+            n(a.q.stride)?,
+            p(a.k.at),
+            p(a.k.row_bytes() as u64),
+            p(a.v.at),
+            p(a.v.row_bytes() as u64),
+            n(a.kv_heads)?,
+            n(group)?,
+            n(t.heads)?,
+            n(a.key)?,
+            n(a.value)?,
+            Arg::F32(a.scale),
+            p(t.tiles),
+            p(t.segments),
+            p(t.ranges),
+            p(out.at),
+            n(out.stride)?,
+        ];
+        self.run(m, entry, [t.count, a.kv_heads * group.div_ceil(t.heads), 1], 256, 0, &args)
+    }
+
+    /// The same of absorbed MLA; out `[rows, heads, latent]`.
+    pub fn prompt_mla(&self, a: &Absorbed, t: Tiles, out: u64) -> Result<(), KernelError> {
+        if a.latent > MAX_VALUE {
+            return refuse(format!("latents of {} values; {MAX_VALUE} are possible", a.latent));
         }
-        Ok(())
+        let m = self.pair("prompt", a.latents, a.k_pe)?;
+        let args = [
+            p(a.q_latent),
+            p(a.q.at),
+            p(a.q_sink),
+            n(a.q.stride)?,
+            p(a.latents.at),
+            p(a.latents.row_bytes() as u64),
+            p(a.k_pe.at),
+            p(a.k_pe.row_bytes() as u64),
+            n(a.heads)?,
+            n(t.heads)?,
+            n(a.latent)?,
+            n(a.nope)?,
+            n(a.rope)?,
+            Arg::F32(a.scale),
+            p(t.tiles),
+            p(t.segments),
+            p(t.ranges),
+            p(out),
+        ];
+        self.run(m, "prompt_mla", [t.count, a.heads.div_ceil(t.heads), 1], 256, 0, &args)
     }
 
     /// Row j of out = matrix `ids[j]` of the stack times row `j / share` of x.

@@ -1,6 +1,7 @@
 //! NVIDIA GPUs (docs/cuda.md): the backend, the device's weight layout, the kernels that ship as PTX, and what a GPU is asked for. Knows
 //! formats, shapes and PTX texts; nothing of files or models.
 
+mod attend;
 mod backend;
 #[cfg(feature = "cuda")]
 mod driver;

@@ -161,3 +161,25 @@ pub struct Absorbed {
     pub latents: Cache,
     pub k_pe: Cache,
 }
+
+/// Jobs by expert, as `sort_experts` leaves them: their order, and tiles of 32 that a grid takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Sorted {
+    pub order: u64,
+    pub tiles: u64,
+    /// Tiles there is room for.
+    pub count: usize,
+    /// Jobs of a row of x.
+    pub share: usize,
+}
+
+/// A prompt's rows in tiles that walk the cache together (cuda/plan.rs).
+#[derive(Clone, Copy, Debug)]
+pub struct Tiles {
+    pub tiles: u64,
+    pub segments: u64,
+    pub ranges: u64,
+    pub count: usize,
+    /// Heads of a group that a tile takes.
+    pub heads: usize,
+}

@@ -2,6 +2,7 @@
 //! change. An operation on more rows than an area holds takes several passes, which changes no bit. Knows bytes.
 
 use super::gpu::{Counted, Memory};
+use super::launch::TILE_COLUMNS;
 use super::operands::{BLOCK_BYTES, SPLIT};
 use crate::{KernelError, Limits};
 use std::sync::Arc;
@@ -27,6 +28,10 @@ pub enum Area {
     RouteIds,
     /// Their weights.
     RouteWeights,
+    /// Jobs sorted by expert.
+    JobOrder,
+    /// Tiles of them.
+    JobTiles,
     /// MLA's queries in the coordinates of the latent.
     Absorbed,
     /// What MLA's heads saw, in those too.
@@ -45,7 +50,7 @@ pub enum Area {
     OtherSlots,
 }
 
-const AREAS: [(Area, &str); 18] = [
+const AREAS: [(Area, &str); 20] = [
     (Area::Input, "rounded inputs"),
     (Area::Hidden, "rounded hidden activations"),
     (Area::Gate, "hidden activations"),
@@ -55,6 +60,8 @@ const AREAS: [(Area, &str); 18] = [
     (Area::Logits, "router's logits"),
     (Area::RouteIds, "lists of experts"),
     (Area::RouteWeights, "weights of experts"),
+    (Area::JobOrder, "lists of experts"),
+    (Area::JobTiles, "lists of experts"),
     (Area::Absorbed, "absorbed queries"),
     (Area::Latents, "sums of latents"),
     (Area::HeadIds, "lists of heads"),
@@ -70,6 +77,11 @@ const AREAS: [(Area, &str); 18] = [
 const BUDGET: usize = 64 << 20;
 /// Bytes for what rows see beyond one span for each slot of the cache.
 const SPANS: usize = 64 << 10;
+
+/// Bytes of the tiles of so many jobs (`sort_experts`).
+pub fn tile_bytes(jobs: usize, experts: usize) -> usize {
+    12 * (jobs / TILE_COLUMNS + experts)
+}
 
 /// Bytes of each area.
 pub struct Sizes([usize; AREAS.len()]);
@@ -96,6 +108,11 @@ impl Sizes {
             Area::Shared if moe => rows(4 * l.width),
             Area::Logits => rows(4 * l.experts),
             Area::RouteIds | Area::RouteWeights => 4 * tokens * l.used,
+            Area::JobOrder => rows(4 * l.used).max(if mla { rows(4 * heads) } else { 0 }),
+            Area::JobTiles => {
+                let experts = if moe { tile_bytes(tokens * l.used, l.experts) } else { 0 };
+                experts.max(if mla { tile_bytes(tokens * heads, heads) } else { 0 })
+            }
             Area::Absorbed | Area::Latents => latents,
             Area::HeadIds if mla => rows(4 * heads),
             Area::Parts => rows(4 * l.slots.div_ceil(SPLIT) * (l.max_heads_out + 2 * heads)),

@@ -188,11 +188,12 @@ fn old_routes_are_refused() {
     assert!(dev.moe(f, &first, None, x.view(1), out.view_mut(1), Write::Set).is_err());
 }
 
-/// Rows that see sinks, a turned ring and different depths.
+/// Rows that see sinks, a turned ring and different depths; some are a prompt's.
 fn visible(rows: usize, slots: usize) -> Visible {
     let mut v = Visible::default();
     for i in 0..rows as u32 {
         let span = |start, len, sink| Span { start, len, sink };
+        v.set_prompt(if (2..6).contains(&i) { 4 } else { 0 });
         let back = slots as u32 - 9;
         match i % 3 {
             0 => v.push([span(0, 2, true), span(back, 9, false), span(4, 3 + i, false)]),
