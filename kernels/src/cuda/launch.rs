@@ -289,9 +289,14 @@ impl Launcher {
         add: bool,
     ) -> Result<(), KernelError> {
         let (at, stride) = self.input(&w, &x)?;
-        let (features, threads) = if layout::rounds(w.dtype) { (64, 512) } else { (32, 256) };
+        // What a block makes. Where weights are the load, smaller ones, of which there are more.
+        let (entry, features, columns, threads) = match layout::rounds(w.dtype) {
+            true if jobs.is_none() && out.rows <= TILE_COLUMNS => ("matmul_16", 16, 16, 256),
+            true => ("matmul", 64, TILE_COLUMNS, 512),
+            false => ("matmul", 32, TILE_COLUMNS, 256),
+        };
         let made = if up.is_some() { features / 2 } else { features };
-        let none = Sorted { order: 0, tiles: 0, count: out.rows.div_ceil(TILE_COLUMNS), share: 1 };
+        let none = Sorted { order: 0, tiles: 0, count: out.rows.div_ceil(columns), share: 1 };
         let jobs = jobs.unwrap_or(none);
         let args = [
             p(w.at),
@@ -313,7 +318,7 @@ impl Launcher {
             flag(add),
         ];
         let grid = [jobs.count, w.rows.div_ceil(made), 1];
-        self.run(self.many(w.dtype)?, "matmul", grid, threads, 0, &args)
+        self.run(self.many(w.dtype)?, entry, grid, threads, 0, &args)
     }
 
     /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / 32 + experts`.
