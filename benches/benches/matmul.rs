@@ -5,7 +5,8 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kernels::cpu::isa::Isa;
-use kernels::cpu::matmul::{Input, multiply_with};
+use kernels::cpu::matmul::{Input, Rounded, multiply_with, needs_quantized};
+use kernels::cpu::tiles::{LEAST_PROMPT, Tiles};
 use kernels::cpu::{Pool, machine, quantized::Quantized};
 use kernels::testing::{Fill, Rng, weights};
 use kernels::{HostBytes, View, ViewMut, Weight, Write};
@@ -23,7 +24,8 @@ fn limits(threads: usize) {
     println!("{threads} threads read {:.1} GB/s", machine::read_bandwidth(threads) / 1e9);
     for isa in Isa::available() {
         let (int8, float) = (machine::int8_peak(isa, threads), machine::float_peak(isa, threads));
-        println!("{}: at most {} int8 and {} f32 GMAC/s", isa.name(), giga(int8), giga(float));
+        let tiles = giga(machine::tile_peak(isa, threads));
+        println!("{}: at most {} int8, {tiles} bf16 and {} f32 GMAC/s", isa.name(), giga(int8), giga(float));
     }
 }
 
@@ -54,12 +56,20 @@ fn products(c: &mut Criterion) {
                         Throughput::Elements((n * rows * cols) as u64)
                     });
                     let x = rng.activations(n * cols);
-                    let (mut q, mut y, mut turn) = (Quantized::new(), vec![0.0; n * rows], 0);
+                    let (mut q, mut tiles) = (Quantized::new(), Tiles::default());
+                    let (mut y, mut turn) = (vec![0.0; n * rows], 0);
+                    let tiled = needs_quantized(&w) && isa.has_tiles() && n >= LEAST_PROMPT as usize;
                     group.bench_function(format!("{rows}x{cols}/n={n}"), |b| {
                         b.iter(|| {
                             let float = View::from_host(&x, cols);
-                            q.set_with(isa, &pool, float);
-                            let input = Input { float, quantized: Some(&q) };
+                            let rounded = if tiled {
+                                tiles.set_all(isa, &pool, float);
+                                Rounded::Bf16(&tiles)
+                            } else {
+                                q.set_with(isa, &pool, float);
+                                Rounded::Int8(&q)
+                            };
+                            let input = Input { float, rounded };
                             let out = ViewMut::from_host(&mut y, rows);
                             turn = (turn + 1) % count;
                             multiply_with(isa, &pool, &w, turn, input, None, out, Write::Set);

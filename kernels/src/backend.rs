@@ -40,6 +40,13 @@ pub struct Product<'a> {
     pub write: Write,
 }
 
+impl Product<'_> {
+    /// The same of some of the rows.
+    pub(crate) fn part(&mut self, rows: Range<usize>) -> Product<'_> {
+        Product { weight: self.weight, bias: self.bias, out: self.out.part(rows), write: self.write }
+    }
+}
+
 /// A gated feed-forward layer: `down(act(gate x) * up x)`.
 #[derive(Clone, Copy)]
 pub struct Ffn<'a> {
@@ -299,7 +306,8 @@ pub struct Mla<'a> {
     pub visible: &'a Visible,
 }
 
-/// The operations. Implementors may assume checked shapes: only [`Device`] calls these.
+/// The operations. Implementors may assume checked shapes: only [`Device`] calls these. `prompts` are those of
+/// [`Device::for_rows`], or empty.
 #[allow(missing_docs)] // each is described on `Device`
 pub trait Backend: Send + Sync {
     fn name(&self) -> String;
@@ -327,11 +335,19 @@ pub trait Backend: Send + Sync {
     fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError>;
     fn add(&self, x: View<'_>, acc: ViewMut<'_>) -> Result<(), KernelError>;
     fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError>;
-    fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError>;
-    fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError>;
+    fn matmul(&self, prompts: &[u32], x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError>;
+    fn ffn(
+        &self,
+        prompts: &[u32],
+        f: Ffn<'_>,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError>;
     fn route(&self, r: Router<'_>, x: View<'_>, routes: &mut Routes) -> Result<(), KernelError>;
     fn moe(
         &self,
+        prompts: &[u32],
         experts: Ffn<'_>,
         routes: &Routes,
         shared: Option<Ffn<'_>>,
@@ -370,7 +386,7 @@ pub trait Backend: Send + Sync {
 
 /// A backend behind its shape checks. Clones count their buffers together; see [`Device::counting`].
 #[derive(Clone)]
-pub struct Device(pub(crate) Arc<dyn Backend>, Arc<AtomicUsize>);
+pub struct Device(pub(crate) Arc<dyn Backend>, Arc<AtomicUsize>, Option<Arc<[u32]>>);
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -385,12 +401,26 @@ pub(crate) fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Resu
 impl Device {
     /// Wraps a backend.
     pub fn new(backend: impl Backend + 'static) -> Self {
-        Self(Arc::new(backend), Arc::default())
+        Self(Arc::new(backend), Arc::default(), None)
     }
 
     /// The same device with a count of its own: [`Device::allocated`] of it and its clones begins at 0.
     pub fn counting(&self) -> Self {
-        Self(self.0.clone(), Arc::default())
+        Self(self.0.clone(), Arc::default(), None)
+    }
+
+    /// The same device for a pass over rows of which row i belongs to a prompt that adds `prompts[i]` tokens, 0 when decoding
+    /// ([`Visible::set_prompt`]): products with weights may take another method for rows of prompts. Those of a plain device count
+    /// as decoded.
+    pub fn for_rows(&self, prompts: &[u32]) -> Self {
+        Self(self.0.clone(), self.1.clone(), Some(prompts.into()))
+    }
+
+    /// What [`Device::for_rows`] was told, for a call of `n` rows.
+    fn prompts(&self, n: usize) -> Result<&[u32], KernelError> {
+        let p = self.2.as_deref().unwrap_or_default();
+        shape(self.2.is_none() || p.len() == n, "rows", || format!("{n} in a pass of {}", p.len()))?;
+        Ok(p)
     }
 
     /// Bytes of all activations that [`Device::alloc`] of this handle and its clones has made, freed ones included.
@@ -570,7 +600,7 @@ impl Device {
                 )
             })?;
         }
-        self.0.matmul(x, products)
+        self.0.matmul(self.prompts(x.rows())?, x, products)
     }
 
     /// One product.
@@ -610,7 +640,7 @@ impl Device {
         })?;
         self.near_ffn("ffn", &f)?;
         self.near("ffn", [x.place(), out.place()])?;
-        self.0.ffn(f, x, out, write)
+        self.0.ffn(self.prompts(x.rows())?, f, x, out, write)
     }
 
     /// Chooses experts for each row of x `[n, d]`.
@@ -665,7 +695,7 @@ impl Device {
         shape(ids && x.rows() == out.rows() && x.cols() == out.cols(), "moe", || {
             format!("{} routes", routes.ids.len())
         })?;
-        self.0.moe(experts, routes, shared, x, out, write)
+        self.0.moe(self.prompts(x.rows())?, experts, routes, shared, x, out, write)
     }
 
     /// Stores row i of x `[n, width]` in slot `slots[i]`.

@@ -140,6 +140,12 @@ impl<'a> View<'a> {
         Some((self.memory?.at() + 4 * self.off as u64, self.stride))
     }
 
+    /// The rows `rows` of the window.
+    pub(crate) fn part(&self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        Self { off: self.off + rows.start * self.stride, rows: rows.len(), ..*self }
+    }
+
     pub(crate) fn row(&self, i: usize) -> &'a [f32] {
         assert!(i < self.rows);
         let at = i * self.stride + self.off;
@@ -178,6 +184,13 @@ impl<'a> ViewMut<'a> {
     /// On a GPU: the address of element (0, 0), and the distance in elements between rows.
     pub(crate) fn address(&self) -> Option<(u64, usize)> {
         Some((self.memory?.at() + 4 * self.off as u64, self.stride))
+    }
+
+    /// The rows `rows` of the window.
+    pub(crate) fn part(&mut self, rows: Range<usize>) -> ViewMut<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        let off = self.off + rows.start * self.stride;
+        ViewMut { off, rows: rows.len(), ..self.reborrow() }
     }
 
     pub(crate) fn row_mut(&mut self, i: usize) -> &mut [f32] {

@@ -106,11 +106,11 @@ impl Backend for Meter {
         refuse()
     }
 
-    fn matmul(&self, _: View<'_>, _: &mut [Product<'_>]) -> Result<(), KernelError> {
+    fn matmul(&self, _: &[u32], _: View<'_>, _: &mut [Product<'_>]) -> Result<(), KernelError> {
         refuse()
     }
 
-    fn ffn(&self, _: Ffn<'_>, _: View<'_>, _: ViewMut<'_>, _: Write) -> Result<(), KernelError> {
+    fn ffn(&self, _: &[u32], _: Ffn<'_>, _: View<'_>, _: ViewMut<'_>, _: Write) -> Result<(), KernelError> {
         refuse()
     }
 
@@ -120,6 +120,7 @@ impl Backend for Meter {
 
     fn moe(
         &self,
+        _: &[u32],
         _: Ffn<'_>,
         _: &Routes,
         _: Option<Ffn<'_>>,

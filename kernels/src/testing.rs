@@ -3,9 +3,10 @@
 use crate::cpu::Pool;
 use crate::cpu::isa::Isa;
 use crate::cpu::machine::Clock;
-use crate::cpu::matmul::{Input, multiply_with, needs_quantized};
+use crate::cpu::matmul::{Input, Rounded, multiply_with, needs_quantized};
 use crate::cpu::quantized::Quantized;
 use crate::cpu::table::SEVERAL;
+use crate::cpu::tiles::{LEAST_PROMPT, Tiles};
 use crate::{HostBytes, View, ViewMut, Weight, Write};
 use quant::{DType, Format};
 use std::time::Instant;
@@ -131,17 +132,23 @@ pub fn time_matmul(isa: Isa, pool: &Pool, dtype: DType, rows: usize, cols: usize
     let count = if n > SEVERAL { 1 } else { ((768 << 20) / one.len()).max(1) };
     let w = Weight::host(dtype, count, rows, cols, HostBytes::from_vec(one.repeat(count))).expect("it fits");
     let x = rng.activations(n * cols);
-    let (mut q, mut out) = (Quantized::new(), vec![0.0; n * rows]);
+    let (mut q, mut tiles, mut out) = (Quantized::new(), Tiles::default(), vec![0.0; n * rows]);
     let mut best = f64::INFINITY;
     let begin = Instant::now();
     let mut i = 0;
     while i < 3 * count.min(16) || begin.elapsed().as_secs_f64() < 0.3 {
         let float = View::from_host(&x, cols);
         let start = Clock::start(pool.threads());
-        if needs_quantized(&w) {
+        let rounded = if !needs_quantized(&w) {
+            Rounded::No
+        } else if isa.has_tiles() && n >= LEAST_PROMPT as usize {
+            tiles.set_all(isa, pool, float);
+            Rounded::Bf16(&tiles)
+        } else {
             q.set_with(isa, pool, float);
-        }
-        let input = Input { float, quantized: Some(&q) };
+            Rounded::Int8(&q)
+        };
+        let input = Input { float, rounded };
         multiply_with(isa, pool, &w, i % count, input, None, ViewMut::from_host(&mut out, rows), Write::Set);
         if i >= count.min(16) || n > SEVERAL {
             best = best.min(start.seconds());

@@ -53,12 +53,16 @@ fn layer(act: Activation, w: [&[f64]; 3], x: &[f64], hidden: usize) -> Vec<f64> 
     (0..d).map(|r| dot(&w[2][r * hidden..][..hidden], &h)).collect()
 }
 
+/// Rows that are decoded, rows of prompts, and both in one pass: where there are tile products, neighbours take other ones.
+const PROMPTS: [fn(usize) -> u32; 3] = [|_| 0, |_| 100, |t| [0, 100, 100, 31, 32][t % 5]];
+
 #[test]
 fn experts_match_f64_and_bits_are_the_row_s_own() {
     let mut rng = Rng(11);
-    for dtype in [DType::F32, DType::Q8_0] {
+    let each = |prompt| [(DType::F32, prompt), (DType::Q8_0, prompt), (DType::Q4_1, prompt)];
+    for (dtype, prompt) in PROMPTS.into_iter().flat_map(each) {
         for act in [Activation::Silu, Activation::GeluTanh] {
-            let (d, hidden, wide, experts, used, n) = (64, 288, 544, 7, 3, 13);
+            let (d, hidden, wide, experts, used, n) = (64, 288, 544, 7, 3, 37);
             let (g, gv) = weight(dtype, experts, hidden, d, &mut rng);
             let (u, uv) = weight(dtype, experts, hidden, d, &mut rng);
             let (w, wv) = weight(dtype, experts, d, hidden, &mut rng);
@@ -80,11 +84,14 @@ fn experts_match_f64_and_bits_are_the_row_s_own() {
             let run = |threads: usize, rows: std::ops::Range<usize>, routes: &Routes| {
                 let mut out = before[rows.start * d..rows.end * d].to_vec();
                 let x = View::from_host(&x[rows.start * d..rows.end * d], d);
-                let dev = device(threads);
+                let prompts: Vec<u32> = rows.clone().map(prompt).collect();
+                let dev = device(threads).for_rows(&prompts);
                 dev.moe(f, routes, Some(s), x, ViewMut::from_host(&mut out, d), Write::Add).unwrap();
                 let mut dense = before[rows.start * d..rows.end * d].to_vec();
                 dev.ffn(s, x, ViewMut::from_host(&mut dense, d), Write::Set).unwrap();
-                (out, dense)
+                let mut product = vec![0.0; rows.len() * wide];
+                dev.linear(&sg, x, ViewMut::from_host(&mut product, wide), Write::Set).unwrap();
+                (out, dense, product)
             };
             let whole = run(1, 0..n, &routes);
             for threads in [2, 3] {
@@ -93,6 +100,7 @@ fn experts_match_f64_and_bits_are_the_row_s_own() {
             for t in 0..n {
                 let alone = run(2, t..t + 1, &one(t));
                 assert!(alone.0 == whole.0[t * d..][..d] && alone.1 == whole.1[t * d..][..d], "token {t}");
+                assert!(alone.2 == whole.2[t * wide..][..wide], "product of token {t}");
                 let row: Vec<f64> = x[t * d..][..d].iter().map(|x| f64::from(*x)).collect();
                 let shared = layer(act, [&sgv, &suv, &swv], &row, wide);
                 let mut want: Vec<f64> =

@@ -297,7 +297,8 @@ fn measure(a: &Args, programs: &Programs, out: &Path) -> Result<Results> {
         results.others = programs.disturbance.get();
         // After every model: an hour's work is not lost to a failure at its end.
         let of = |f: fn(&Limits) -> f64| median(limits.iter().map(f)).unwrap_or(f64::NAN);
-        results.limits = Limits { read: of(|l| l.read), int8: of(|l| l.int8), float: of(|l| l.float) };
+        let tiles = median(limits.iter().filter_map(|l| l.tiles));
+        results.limits = Limits { read: of(|l| l.read), int8: of(|l| l.int8), float: of(|l| l.float), tiles };
         std::fs::write(out.join("peers.json"), serde_json::to_string_pretty(&results)? + "\n")?;
     }
     Ok(results)

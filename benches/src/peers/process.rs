@@ -21,6 +21,9 @@ pub struct Limits {
     pub int8: f64,
     /// Multiply-adds of f32 per second.
     pub float: f64,
+    /// Multiply-adds of bf16 tile products per second, where there are any.
+    #[serde(default)]
+    pub tiles: Option<f64>,
 }
 
 impl Limits {
@@ -35,6 +38,7 @@ impl Limits {
             read: machine::read_bandwidth(threads),
             int8: machine::int8_peak(isa, threads).with_context(none)?,
             float: machine::float_peak(isa, threads).with_context(none)?,
+            tiles: machine::tile_peak(isa, threads),
         })
     }
 }

@@ -10,7 +10,7 @@ pub fn markdown(r: &Results) -> String {
     // Writing to a String cannot fail.
     let _ = writeln!(
         out,
-        "{}: {}, {} threads, beside {}. The machine's limits, medians over the same rounds: {:.1} GB/s read, {:.0} int8 and \
+        "{}: {}, {} threads, beside {}. The machine's limits, medians over the same rounds: {:.1} GB/s read, {:.0} int8{} and \
          {:.0} f32 GMAC/s. Other programs took at most {} of the processor while one was measured.\n",
         r.date,
         r.machine,
@@ -18,6 +18,7 @@ pub fn markdown(r: &Results) -> String {
         r.peer,
         giga(r.limits.read),
         giga(r.limits.int8),
+        r.limits.tiles.map_or(String::new(), |t| format!(", {:.0} bf16 (tiles)", giga(t))),
         giga(r.limits.float),
         percent(r.others)
     );
@@ -123,7 +124,7 @@ mod tests {
             peer: "llama.cpp".into(),
             threads: 2,
             others: 0.02,
-            limits: Limits { read: 10e9, int8: 300e9, float: 70e9 },
+            limits: Limits { read: 10e9, int8: 300e9, float: 70e9, tiles: Some(900e9) },
             models: vec![Measured {
                 model: "llama-3.2-1b".into(),
                 types: "Q4_K".into(),
@@ -135,6 +136,7 @@ mod tests {
         };
         let text = markdown(&r);
         for row in [
+            "300 int8, 900 bf16 (tiles) and 70 f32 GMAC/s",
             "| llama-3.2-1b Q4_K (0.77) | tg64 @ d4096 | 20.0* | 30.0 | 1.50 | 50% | 75% |",
             "| llama-3.2-1b Q4_K (0.77) | pp512 | -* | 150 | - | - | 50% |",
             "| llama-3.2-1b Q4_K | pp512 | 1.00 GMAC int8 | 300 | 150 | 50% | 0% |",

@@ -198,7 +198,7 @@ struct DeepSeek2Runner {
 impl Runner for DeepSeek2Runner {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
         let Self { m, x, h, rope, attn, routes, .. } = self;
-        let (dev, n) = (&m.dev, tokens.len());
+        let (dev, n) = (&m.dev.for_rows(cache.prompts()), tokens.len());
         dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
         rope.begin();
         for (i, layer) in m.layers.iter().enumerate() {

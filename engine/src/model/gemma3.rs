@@ -154,7 +154,7 @@ struct Gemma3Runner {
 impl Runner for Gemma3Runner {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
         let Self { m, x, h, y, local, global, attn, .. } = self;
-        let (dev, n) = (&m.dev, tokens.len());
+        let (dev, n) = (&m.dev.for_rows(cache.prompts()), tokens.len());
         dev.embed(&m.embed, tokens, (m.attn.d as f32).sqrt(), x.view_mut(n))?;
         local.begin();
         global.begin();

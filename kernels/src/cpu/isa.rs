@@ -14,6 +14,20 @@ pub struct Avx2(());
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
 
+/// Proof that the CPU has AMX tiles with bf16 products and AVX-512 VBMI and BF16 (and the set above), and that the system has
+/// allowed this process to use tiles.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Amx(Avx512);
+
+#[cfg(target_arch = "x86_64")]
+impl Amx {
+    /// The set it contains.
+    pub fn avx512(self) -> Avx512 {
+        self.0
+    }
+}
+
 /// An instruction set that this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -27,10 +41,13 @@ pub enum Isa {
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// AMX: tile products in bf16 for prompts, and AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
 }
 
 /// The names `RSINFER_ISA` takes, slowest first.
-pub const NAMES: [&str; 4] = ["scalar", "portable", "avx2", "avx512"];
+pub const NAMES: [&str; 5] = ["scalar", "portable", "avx2", "avx512", "amx"];
 
 impl Isa {
     /// Every set this CPU has, slowest first.
@@ -47,6 +64,9 @@ impl Isa {
             let foundation = has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
             if avx2 && foundation && has!("avx512vnni") {
                 all.push(Self::Avx512(Avx512(())));
+                if has!("avx512vbmi") && has!("avx512bf16") && tiles_allowed() {
+                    all.push(Self::Amx(Amx(Avx512(()))));
+                }
             }
         }
         all
@@ -61,6 +81,17 @@ impl Isa {
             Self::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "amx",
+        }
+    }
+
+    /// Whether prompts take tile products in bf16 here.
+    pub fn has_tiles(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => true,
+            _ => false,
         }
     }
 
@@ -98,6 +129,30 @@ impl Isa {
             Self::active().unwrap_or_else(|_| *Self::available().last().expect("scalar is always there"))
         })
     }
+}
+
+/// Whether the CPU has AMX tiles with bf16 products and the system lets this process use them. Asked once: permission holds for all
+/// threads.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles_allowed() -> bool {
+    /// `ARCH_REQ_XCOMP_PERM` of Linux (arch/x86/include/uapi/asm/prctl.h), and the state component of tile data.
+    const REQUEST: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    static ALLOWED: OnceLock<bool> = OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        use std::arch::x86_64::{__cpuid, __cpuid_count};
+        // AMX-BF16 and AMX-TILE are bits 22 and 24 (Intel SDM, CPUID leaf 7).
+        let bits = 1 << 22 | 1 << 24;
+        let here = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & bits == bits;
+        // SAFETY: a request that changes nothing but what this process may use.
+        here && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) } == 0
+    })
+}
+
+/// No system but Linux is known to be asked for them.
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn tiles_allowed() -> bool {
+    false
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use super::Pool;
 use super::isa::Isa;
 use super::lanes::{Kernel, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::{avx2, avx512};
+use super::x86_64::{amx, avx2, avx512};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -67,9 +67,15 @@ pub fn float_peak(isa: Isa, threads: usize) -> Option<f64> {
     peak(isa, threads, Kind::Float)
 }
 
+/// The same for bf16 tile products (`tdpbf16ps`); `None` where there are none.
+pub fn tile_peak(isa: Isa, threads: usize) -> Option<f64> {
+    peak(isa, threads, Kind::Tiles)
+}
+
 enum Kind {
     Int8,
     Float,
+    Tiles,
 }
 
 /// Loops of a piece of work.
@@ -82,9 +88,11 @@ fn peak(isa: Isa, threads: usize, kind: Kind) -> Option<f64> {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2(_), Kind::Float) => (avx2::float_peak, avx2::FLOAT_ROUND),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512(_), Kind::Int8) => (avx512::int8_peak, avx512::INT8_ROUND),
+        (Isa::Avx512(_) | Isa::Amx(_), Kind::Int8) => (avx512::int8_peak, avx512::INT8_ROUND),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512(_), Kind::Float) => (avx512::float_peak, avx512::FLOAT_ROUND),
+        (Isa::Avx512(_) | Isa::Amx(_), Kind::Float) => (avx512::float_peak, avx512::FLOAT_ROUND),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Amx(_), Kind::Tiles) => (amx::peak, amx::PEAK_ROUND),
         _ => return None,
     };
     let pool = Pool::new(threads);

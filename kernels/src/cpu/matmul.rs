@@ -4,7 +4,8 @@
 //! [`matmul`] is the whole product as one parallel loop. Fused operations (a feed-forward layer, experts) build their own
 //! loop from the same parts, all of which run on the calling thread:
 //!
-//! 1. `Quantized::set` rounds the input once for all products that share it; [`Input`] pairs it with the f32 original.
+//! 1. `Quantized::set` or `Tiles::set` rounds the input once for all products that share it; [`Input`] pairs it with the f32
+//!    original.
 //! 2. [`columns`] picks the rows of the input that a product is for (all, or an expert's tokens), as its weight wants them.
 //! 3. [`product`] multiplies any range of the weight's rows with them into the caller's scratch, `y[column][row]`.
 //!    Ranges that are multiples of [`TILE`] rows are the efficient ones; [`chunk`] proposes a size.
@@ -18,6 +19,7 @@ use super::Pool;
 use super::isa::Isa;
 use super::quantized::{Block, Quantized};
 use super::table::{self, Kernel, SEVERAL};
+use super::tiles::{Panel, Tiles};
 use crate::backend::{Product, Write};
 use crate::{KernelError, Vector, View, ViewMut, Weight};
 use std::cell::{Cell, RefCell};
@@ -30,19 +32,38 @@ pub const TILE: usize = 32;
 /// of which is a quarter of this and costs a few misses to begin, and lay out their columns anew for each piece.
 pub const STREAM_BYTES: usize = 256 << 10;
 
-/// The input of products: as it came, and rounded. `quantized` may be `None` if every weight is a float format.
+/// The input of products: `[n, in]` as it came, and rounded.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
-    /// `[n, in]`.
+    /// As it came.
     pub float: View<'a>,
-    /// The same, rounded.
-    pub quantized: Option<&'a Quantized>,
+    /// For weights of block formats.
+    pub rounded: Rounded<'a>,
+}
+
+/// A rounded input. Which of the two is chosen is a property of the rows' request (docs/numerics.md).
+#[derive(Clone, Copy)]
+pub enum Rounded<'a> {
+    /// Every weight is a float format.
+    No,
+    /// To int8.
+    Int8(&'a Quantized),
+    /// To bf16: rows of prompts, where there are tile products.
+    Bf16(&'a Tiles),
+}
+
+impl<'a> From<Option<&'a Quantized>> for Rounded<'a> {
+    fn from(q: Option<&'a Quantized>) -> Self {
+        q.map_or(Self::No, Self::Int8)
+    }
 }
 
 /// Rows of an [`Input`] in the form that a weight's format multiplies with.
 pub enum Columns<'a> {
-    /// Rounded.
+    /// Rounded to int8.
     Quantized(Vec<&'a [Block]>),
+    /// Rounded to bf16.
+    Tiles(Panel<'a>),
     /// As they came.
     Float(Vec<&'a [f32]>),
 }
@@ -52,6 +73,7 @@ impl Columns<'_> {
     pub fn len(&self) -> usize {
         match self {
             Self::Quantized(c) => c.len(),
+            Self::Tiles(p) => p.rows,
             Self::Float(c) => c.len(),
         }
     }
@@ -62,20 +84,30 @@ impl Columns<'_> {
     }
 }
 
-/// Whether products with `w` need [`Input::quantized`].
+/// Whether products with `w` need [`Input::rounded`].
 pub fn needs_quantized(w: &Weight) -> bool {
     table::rounds_activations(w.dtype())
 }
 
-/// The rows `tokens` of `x` as `w` wants them. Panics if rounded activations are needed and missing.
-pub fn columns<'a>(w: &Weight, x: Input<'a>, tokens: impl Iterator<Item = usize>) -> Columns<'a> {
-    if needs_quantized(w) {
-        let q = x.quantized.expect("this format multiplies with rounded activations");
-        assert_eq!(q.cols(), w.cols());
-        Columns::Quantized(tokens.map(|t| q.row(t)).collect())
-    } else {
+/// The rows `tokens` of `x` as `w` wants them; those in bf16 lie from block `block` on, in the order of `tokens`. Panics if rounded
+/// activations are needed and missing.
+pub fn columns<'a>(
+    w: &Weight,
+    x: Input<'a>,
+    block: usize,
+    tokens: impl ExactSizeIterator<Item = usize>,
+) -> Columns<'a> {
+    if !needs_quantized(w) {
         assert_eq!(x.float.cols(), w.cols());
-        Columns::Float(tokens.map(|t| x.float.row(t)).collect())
+        return Columns::Float(tokens.map(|t| x.float.row(t)).collect());
+    }
+    match x.rounded {
+        Rounded::No => panic!("{} multiplies with rounded activations", w.dtype()),
+        Rounded::Int8(q) => {
+            assert_eq!(q.cols(), w.cols());
+            Columns::Quantized(tokens.map(|t| q.row(t)).collect())
+        }
+        Rounded::Bf16(t) => Columns::Tiles(t.panel(block, tokens.len())),
     }
 }
 
@@ -95,9 +127,14 @@ pub fn product_with(isa: Isa, w: &Weight, m: usize, rows: Range<usize>, x: &Colu
     let rows = &w.matrix(m)[rows.start * bytes..rows.end * bytes];
     match (table::kernel(w.dtype(), isa), x) {
         // SAFETY: a value of `Isa` exists only where the CPU has it.
-        (Kernel::Quantized(k), Columns::Quantized(x)) => unsafe {
+        (Kernel::Quantized(k, _), Columns::Quantized(x)) => unsafe {
             assert!(x.iter().all(|x| x.len() * super::quantized::BLOCK >= w.cols()));
             k.of(x.len())(rows, bytes, x, y);
+        },
+        // SAFETY: as above.
+        (Kernel::Quantized(_, tiled), Columns::Tiles(x)) => unsafe {
+            assert_eq!(x.cols, w.cols());
+            tiled(rows, bytes, *x, y);
         },
         // SAFETY: as above.
         (Kernel::Float(k), Columns::Float(x)) => unsafe {
@@ -193,10 +230,10 @@ pub fn matmul(
     if needs_quantized(w) {
         let mut q = ROUNDED.take();
         q.set(pool, x);
-        multiply(pool, w, m, Input { float: x, quantized: Some(&q) }, bias, out, write);
+        multiply(pool, w, m, Input { float: x, rounded: Rounded::Int8(&q) }, bias, out, write);
         ROUNDED.set(q);
     } else {
-        multiply(pool, w, m, Input { float: x, quantized: None }, bias, out, write);
+        multiply(pool, w, m, Input { float: x, rounded: Rounded::No }, bias, out, write);
     }
 }
 
@@ -275,7 +312,7 @@ impl<'a> Part<'a> {
     ) -> Self {
         let n = out.rows();
         assert!(out.cols() == w.rows() && bias.is_none_or(|b| b.len() == w.rows()));
-        let columns = columns(w, x, 0..n);
+        let columns = columns(w, x, 0, 0..n);
         let (out, stride) = out.raw();
         let step = chunk(w, n, pool.threads());
         // A single row's pieces end where a cache line of the output ends, so that no two threads write to one.

@@ -21,6 +21,7 @@ mod simd;
 pub mod table;
 #[cfg(test)]
 mod tests;
+pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -67,6 +68,20 @@ impl CpuBackend {
         self.mem.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// The rows of a call in runs that take the same products, and whether these are tile products.
+    fn runs(&self, prompts: &[u32], n: usize) -> Vec<(Range<usize>, bool)> {
+        let tiled = |p: &u32| self.isa.has_tiles() && *p >= tiles::LEAST_PROMPT;
+        if prompts.is_empty() {
+            return vec![(0..n, false)];
+        }
+        let mut at = 0;
+        let run = |run: &[u32]| {
+            at += run.len();
+            (at - run.len()..at, tiled(&run[0]))
+        };
+        prompts.chunk_by(|a, b| tiled(a) == tiled(b)).map(run).collect()
+    }
+
     /// Calls `f(i, row i)` for every row of a window, in parallel where that pays.
     fn each(&self, out: &mut ViewMut<'_>, f: impl Fn(usize, &mut [f32]) + Sync) {
         let (rows, cols) = (out.rows(), out.cols());
@@ -97,7 +112,7 @@ impl Backend for CpuBackend {
         let mut mem = self.memory();
         mem.attention.areas.check(self.pool.threads())?;
         mem.attention.store.reserve(sizes.store)?;
-        mem.moe.reserve(limits)?;
+        mem.moe.reserve(limits, self.isa)?;
         mem.router.reserve(limits)?;
         let failed = Mutex::new(None);
         self.pool.on_all(|| {
@@ -191,19 +206,39 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
-        let mem = &mut *self.memory();
-        let quantized = products.iter().any(|p| matmul::needs_quantized(p.weight)).then(|| {
-            mem.moe.x.set_with(self.isa, &self.pool, x);
-            &mem.moe.x
-        });
-        let x = matmul::Input { float: x, quantized };
-        matmul::multiply_all(self.isa, &self.pool, x, products);
+    fn matmul(&self, prompts: &[u32], x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
+        let mem = &mut self.memory().moe;
+        for (rows, tiled) in self.runs(prompts, x.rows()) {
+            let x = x.part(rows.clone());
+            let rounded = if !products.iter().any(|p| matmul::needs_quantized(p.weight)) {
+                matmul::Rounded::No
+            } else if tiled {
+                mem.x_tiles.set_all(self.isa, &self.pool, x);
+                matmul::Rounded::Bf16(&mem.x_tiles)
+            } else {
+                mem.x.set_with(self.isa, &self.pool, x);
+                matmul::Rounded::Int8(&mem.x)
+            };
+            let mut products: Vec<_> = products.iter_mut().map(|p| p.part(rows.clone())).collect();
+            matmul::multiply_all(self.isa, &self.pool, matmul::Input { float: x, rounded }, &mut products);
+        }
         Ok(())
     }
 
-    fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError> {
-        moe::ffn(&self.pool, self.isa, &mut self.memory().moe, f, x, out, write);
+    fn ffn(
+        &self,
+        prompts: &[u32],
+        f: Ffn<'_>,
+        x: View<'_>,
+        mut out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError> {
+        let mem = &mut self.memory().moe;
+        for (rows, tiled) in self.runs(prompts, x.rows()) {
+            let (x, out) = (x.part(rows.clone()), out.part(rows));
+            let none = moe::Chosen::default();
+            moe::layers(&self.pool, self.isa, mem, Some(f), None, none, tiled, x, out, write);
+        }
         Ok(())
     }
 
@@ -214,15 +249,23 @@ impl Backend for CpuBackend {
 
     fn moe(
         &self,
+        prompts: &[u32],
         experts: Ffn<'_>,
         routes: &Routes,
         shared: Option<Ffn<'_>>,
         x: View<'_>,
-        out: ViewMut<'_>,
+        mut out: ViewMut<'_>,
         write: Write,
     ) -> Result<(), KernelError> {
         let mem = &mut self.memory().moe;
-        moe::moe(&self.pool, self.isa, mem, experts, routes, shared, x, out, write);
+        let used = routes.used;
+        for (rows, tiled) in self.runs(prompts, x.rows()) {
+            let pairs = rows.start * used..rows.end * used;
+            let chosen =
+                moe::Chosen { used, ids: &routes.ids[pairs.clone()], weights: &routes.weights[pairs] };
+            let (x, out) = (x.part(rows.clone()), out.part(rows));
+            moe::layers(&self.pool, self.isa, mem, shared, Some(experts), chosen, tiled, x, out, write);
+        }
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use super::matmul::{STREAM_BYTES, TILE};
 use super::quantized::{BLOCK, Quantized};
 use super::scratch::Areas;
 use super::table::{self, SEVERAL};
+use super::tiles::{self, Line};
 use crate::Limits;
 
 /// Working memory in parts.
@@ -58,6 +59,19 @@ fn results(l: &Limits, threads: usize) -> usize {
     most
 }
 
+/// Lines of tiles: a call's input, hidden layers of which a token has one row, and those of routed experts.
+pub fn tile_lines(l: &Limits) -> [usize; 3] {
+    let [hidden, routed] = blocks(l);
+    let x = (hidden * tiles::lines(l.max_in)).max((hidden + routed) * tiles::lines(l.width.min(l.max_in)));
+    [x, hidden * tiles::lines(l.hidden.rounded), routed * tiles::lines(l.routed.rounded)]
+}
+
+/// Blocks of tiles of a batch's tokens, and of the pairs of tokens and experts, where each expert's last block may have one row.
+fn blocks(l: &Limits) -> [usize; 2] {
+    let pairs = l.tokens * l.used;
+    [l.tokens.div_ceil(tiles::ROWS), (pairs + (tiles::ROWS - 1) * l.experts.min(pairs)) / tiles::ROWS]
+}
+
 impl Sizes {
     /// For `threads` threads of `isa`.
     pub fn of(l: &Limits, threads: usize, isa: Isa) -> Self {
@@ -68,6 +82,14 @@ impl Sizes {
         let rounded = Quantized::size(l.tokens, l.max_in)
             + Quantized::size(l.tokens, l.hidden.rounded)
             + Quantized::size(pairs, l.routed.rounded);
+        let (tiles, rows) = match isa.has_tiles() {
+            // And which rows each block has.
+            true => (
+                tile_lines(l).iter().sum::<usize>() * size_of::<Line>(),
+                24 * blocks(l).iter().sum::<usize>(),
+            ),
+            false => (0, 0),
+        };
         let floats = l.tokens * l.hidden.float + pairs * l.routed.float;
         // The router's logits and a row's lists; who goes where; columns of products, by reference; tiles and parts of attention.
         let lists = 4 * (l.tokens * l.experts + 8 * l.experts)
@@ -75,9 +97,11 @@ impl Sizes {
             + 3 * 16 * (l.tokens + pairs)
             + 256 * (l.experts.min(pairs) + 1)
             + 256 * l.tokens
+            + rows
             + (16 << 10);
         let per_thread = results * 4 + table::scratch_bytes(isa, unpack) + attention::PER_THREAD;
-        let bytes = Areas::size(threads) + threads * per_thread + (store + floats) * 4 + rounded + lists;
+        let bytes =
+            Areas::size(threads) + threads * per_thread + (store + floats) * 4 + rounded + tiles + lists;
         Self { results, unpack, store, bytes }
     }
 }

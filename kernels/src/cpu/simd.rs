@@ -13,6 +13,8 @@ impl Isa {
             Self::Avx2(s) => s.vectorize(k),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(s) => s.vectorize(k),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(s) => s.avx512().vectorize(k),
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use super::isa::Isa;
 use super::quantized::Block;
+use super::tiles::Panel;
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::{avx2, avx512};
+use super::x86_64::{amx, avx2, avx512};
 use super::{portable, scalar};
 use crate::KernelError;
 use quant::DType;
@@ -15,6 +16,12 @@ use quant::DType;
 /// # Safety
 /// The CPU has the instruction set that the function was listed under.
 pub type Rows<X> = unsafe fn(w: &[u8], row_bytes: usize, x: &[&[X]], y: &mut [f32]);
+
+/// The same product with a prompt's rows in bf16 (`scalar/tiles.rs` is its text): weights are rounded to bf16 too.
+///
+/// # Safety
+/// As for [`Rows`].
+pub type Tiled = unsafe fn(w: &[u8], row_bytes: usize, x: Panel<'_>, y: &mut [f32]);
 
 /// The kernels of one format on one instruction set. All give the same bits; they differ in speed.
 #[derive(Clone, Copy)]
@@ -46,8 +53,8 @@ impl<X> Kernels<X> {
 /// What a format multiplies with.
 #[derive(Clone, Copy)]
 pub enum Kernel {
-    /// Activations rounded to int8.
-    Quantized(Kernels<Block>),
+    /// Activations rounded to int8, or to bf16.
+    Quantized(Kernels<Block>, Tiled),
     /// Activations as they are.
     Float(Kernels<f32>),
 }
@@ -63,6 +70,8 @@ pub fn scratch_bytes(isa: Isa, max_in: usize) -> usize {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => avx512::scratch_bytes(max_in),
         #[cfg(target_arch = "x86_64")]
+        Isa::Amx(_) => avx512::scratch_bytes(max_in) + amx::SCRATCH_BYTES,
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => avx2::scratch_bytes(max_in),
         _ => 0,
     }
@@ -73,6 +82,8 @@ pub fn reserve(isa: Isa, max_in: usize) -> Result<(), KernelError> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => avx512::reserve(max_in),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx(_) => avx512::reserve(max_in).and_then(|()| amx::reserve()),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => avx2::reserve(max_in),
         _ => {
@@ -85,28 +96,38 @@ pub fn reserve(isa: Isa, max_in: usize) -> Result<(), KernelError> {
 /// The kernels for `dtype` on `isa`.
 pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
     macro_rules! same {
-        ($which:ident, $f:expr) => {
-            Kernel::$which(Kernels { one: $f, several: $f, many: $f })
+        ($which:ident, $f:expr $(, $tiled:expr)?) => {
+            Kernel::$which(Kernels { one: $f, several: $f, many: $f } $(, $tiled)?)
         };
     }
     macro_rules! table {
         (quantized: $($q:ident)*; float: $($f:ident)*) => {
             match (dtype, isa) {
                 $(
-                    (DType::$q, Isa::Scalar) => same!(Quantized, scalar::rows::<scalar::$q>),
-                    (DType::$q, Isa::Portable) => same!(Quantized, portable::rows::<scalar::$q>),
+                    (DType::$q, Isa::Scalar) => {
+                        same!(Quantized, scalar::rows::<scalar::$q>, scalar::tile_rows::<scalar::$q>)
+                    }
+                    (DType::$q, Isa::Portable) => {
+                        same!(Quantized, portable::rows::<scalar::$q>, scalar::tile_rows::<scalar::$q>)
+                    }
                     #[cfg(target_arch = "x86_64")]
-                    (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(Kernels {
-                        one: avx2::few::<scalar::$q>,
-                        several: avx2::several::<scalar::$q>,
-                        many: avx2::many::<scalar::$q>,
-                    }),
+                    (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(
+                        Kernels {
+                            one: avx2::few::<scalar::$q>,
+                            several: avx2::several::<scalar::$q>,
+                            many: avx2::many::<scalar::$q>,
+                        },
+                        scalar::tile_rows::<scalar::$q>,
+                    ),
                     #[cfg(target_arch = "x86_64")]
-                    (DType::$q, Isa::Avx512(_)) => Kernel::Quantized(Kernels {
-                        one: avx512::one::<scalar::$q>,
-                        several: avx512::several::<scalar::$q>,
-                        many: avx512::many::<scalar::$q>,
-                    }),
+                    (DType::$q, Isa::Avx512(_) | Isa::Amx(_)) => Kernel::Quantized(
+                        Kernels {
+                            one: avx512::one::<scalar::$q>,
+                            several: avx512::several::<scalar::$q>,
+                            many: avx512::many::<scalar::$q>,
+                        },
+                        if isa.has_tiles() { amx::rows::<scalar::$q> } else { scalar::tile_rows::<scalar::$q> },
+                    ),
                 )*
                 $(
                     (DType::$f, Isa::Scalar) => same!(Float, scalar::float_rows::<scalar::$f>),
@@ -114,7 +135,7 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     #[cfg(target_arch = "x86_64")]
                     (DType::$f, Isa::Avx2(_)) => same!(Float, avx2::float_rows::<scalar::$f>),
                     #[cfg(target_arch = "x86_64")]
-                    (DType::$f, Isa::Avx512(_)) => Kernel::Float(Kernels {
+                    (DType::$f, Isa::Avx512(_) | Isa::Amx(_)) => Kernel::Float(Kernels {
                         one: avx512::float_few::<scalar::$f>,
                         several: avx512::float_few::<scalar::$f>,
                         many: avx512::float_many::<scalar::$f>,

@@ -3,9 +3,10 @@
 
 use super::Pool;
 use super::isa::Isa;
-use super::matmul::{Input, columns, matmul, product_with};
+use super::matmul::{Input, Rounded, columns, matmul, product_with};
 use super::quantized::Quantized;
 use super::table::SEVERAL;
+use super::tiles::Tiles;
 use crate::backend::Write;
 use crate::testing::*;
 use crate::{HostBytes, Vector, View, ViewMut, Weight};
@@ -29,10 +30,25 @@ fn multiply(isa: Isa, c: &Case) -> Vec<f32> {
     let float = View::from_host(&c.x, c.w.cols());
     let mut q = Quantized::new();
     q.set_with(isa, &pool, float);
-    let x = columns(&c.w, Input { float, quantized: Some(&q) }, 0..c.n);
+    let x = columns(&c.w, Input { float, rounded: Rounded::Int8(&q) }, 0, 0..c.n);
     let mut y = vec![f32::NAN; c.n * c.w.rows()];
     product_with(isa, &c.w, 0, 0..c.w.rows(), &x, &mut y);
     y
+}
+
+/// The product that rows of prompts take where there are tiles; `None` for float weights, which have none.
+fn multiply_tiles(isa: Isa, c: &Case) -> Option<Vec<f32>> {
+    if !super::matmul::needs_quantized(&c.w) {
+        return None;
+    }
+    let pool = Pool::new(1);
+    let float = View::from_host(&c.x, c.w.cols());
+    let mut t = Tiles::default();
+    t.set_all(isa, &pool, float);
+    let x = columns(&c.w, Input { float, rounded: Rounded::Bf16(&t) }, 0, 0..c.n);
+    let mut y = vec![f32::NAN; c.n * c.w.rows()];
+    product_with(isa, &c.w, 0, 0..c.w.rows(), &x, &mut y);
+    Some(y)
 }
 
 fn exact(c: &Case) -> (Vec<f64>, Vec<f64>) {
@@ -106,6 +122,39 @@ fn every_instruction_set_gives_the_scalar_bits() {
             }
         }
     });
+}
+
+/// Weights and activations are each off by at most 2^-9.
+const TILE_TOLERANCE: f32 = 1.0 / 256.0;
+
+#[test]
+fn scalar_tiles_are_the_f64_product_within_the_tolerance() {
+    for format in FORMATS {
+        for cols in lengths(format.dtype).into_iter().chain([2048, 4352]) {
+            let c = case(format.dtype, 4, cols, 3, Fill::Random, 7);
+            let Some(got) = multiply_tiles(Isa::Scalar, &c) else { continue };
+            let (want, size) = exact(&c);
+            assert_close(&got, &want, &size, TILE_TOLERANCE, || format!("{} x {cols}", format.name));
+        }
+    }
+}
+
+#[test]
+fn tiles_give_the_scalar_bits() {
+    for isa in Isa::available().into_iter().filter(|i| i.has_tiles()) {
+        let check = |dtype, rows: usize, cols: usize, n: usize, fill| {
+            let c = case(dtype, rows, cols, n, fill, (rows * cols + n) as u64);
+            let Some(want) = multiply_tiles(Isa::Scalar, &c) else { return };
+            let got = multiply_tiles(isa, &c).expect("the same format");
+            assert_bits(&got, &want, || format!("{dtype} in tiles, {rows} x {cols} by {n}, {fill:?}"));
+        };
+        cases(check);
+        for format in FORMATS {
+            // More values than a run has, and not a whole number of groups.
+            check(format.dtype, 67, 4096 + 256, 33, Fill::Random);
+            check(format.dtype, 35, 2048 + format.block_len.max(32), 17, Fill::Even);
+        }
+    }
 }
 
 #[test]

@@ -323,7 +323,7 @@ impl Backend for CudaBackend {
         self.kernels.rope(Floats::of_mut(&x)?, heads, Floats::of(&cos_sin)?)
     }
 
-    fn matmul(&self, x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
+    fn matmul(&self, _: &[u32], x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
         let x = Floats::of(&x)?;
         let weights: Vec<&Weight> = products.iter().map(|p| p.weight).collect();
@@ -341,7 +341,14 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn ffn(&self, f: Ffn<'_>, x: View<'_>, out: ViewMut<'_>, write: Write) -> Result<(), KernelError> {
+    fn ffn(
+        &self,
+        _: &[u32],
+        f: Ffn<'_>,
+        x: View<'_>,
+        out: ViewMut<'_>,
+        write: Write,
+    ) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
         let (x, out) = (Floats::of(&x)?, Floats::of_mut(&out)?);
         let n = self.ffn_rows(s, &f, 1, x.rows)?.max(1);
@@ -392,6 +399,7 @@ impl Backend for CudaBackend {
 
     fn moe(
         &self,
+        _: &[u32],
         experts: Ffn<'_>,
         routes: &Routes,
         shared: Option<Ffn<'_>>,

@@ -225,7 +225,7 @@ fn gated(
         let weight = Weight::host(dtype, experts, hidden, d, HostBytes::from_vec(host)).unwrap();
         let of = |e: usize| {
             let mut all = vec![0.0; tokens * hidden];
-            let input = Input { float: View::from_host(x, d), quantized: rounds(dtype).then_some(q) };
+            let input = Input { float: View::from_host(x, d), rounded: rounds(dtype).then_some(q).into() };
             let to = ViewMut::from_host(&mut all, hidden);
             multiply_with(scalar(), &Pool::new(1), &weight, e, input, None, to, Write::Set);
             all
@@ -277,7 +277,7 @@ fn heads_are_experts() {
         let weight = Weight::host(dtype, heads, latent, nope, HostBytes::from_vec(host.clone())).unwrap();
         for h in 0..heads {
             let mut all = vec![0.0; ids.len() * latent];
-            let input = Input { float: View::from_host(&x, nope), quantized: Some(&q) };
+            let input = Input { float: View::from_host(&x, nope), rounded: Some(&q).into() };
             let to = ViewMut::from_host(&mut all, latent);
             multiply_with(scalar(), &Pool::new(1), &weight, h, input, None, to, Write::Set);
             for j in (h..ids.len()).step_by(heads) {

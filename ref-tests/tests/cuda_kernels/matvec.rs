@@ -116,7 +116,7 @@ pub(crate) fn twin(c: &Case, seed: u64) -> Vec<f32> {
     let (pool, float) = (Pool::new(1), View::from_host(&x, c.cols));
     let mut q = Quantized::new();
     q.set_with(scalar(), &pool, float);
-    let input = Input { float, quantized: rounds(c.dtype).then_some(&q) };
+    let input = Input { float, rounded: rounds(c.dtype).then_some(&q).into() };
     let bias = c.bias.then(|| Vector::new(bias));
     let write = if c.add { Write::Add } else { Write::Set };
     let to = ViewMut::from_host(&mut out, c.rows);
@@ -263,7 +263,7 @@ impl Experts {
         q.set_with(scalar(), &pool, float);
         let of = |(j, id): (usize, &u32)| {
             let mut all = vec![0.0; float.rows() * rows];
-            let input = Input { float, quantized: rounds(dtype).then_some(&q) };
+            let input = Input { float, rounded: rounds(dtype).then_some(&q).into() };
             let to = ViewMut::from_host(&mut all, rows);
             multiply_with(scalar(), &pool, &weight, *id as usize, input, None, to, Write::Set);
             all[j / self.share * rows..][..rows].to_vec()

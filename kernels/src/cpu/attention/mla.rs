@@ -92,11 +92,11 @@ fn matvec(w: &Weight, m: usize, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
         ROUNDED.with_borrow_mut(|q| {
             q.resize(1, x.len());
             q.set_row(0, x);
-            let x = matmul::columns(w, matmul::Input { float, quantized: Some(q) }, 0..1);
+            let x = matmul::columns(w, matmul::Input { float, rounded: matmul::Rounded::Int8(q) }, 0, 0..1);
             matmul::product(w, m, rows, &x, y);
         });
     } else {
-        let x = matmul::columns(w, matmul::Input { float, quantized: None }, 0..1);
+        let x = matmul::columns(w, matmul::Input { float, rounded: matmul::Rounded::No }, 0, 0..1);
         matmul::product(w, m, rows, &x, y);
     }
 }

@@ -3,9 +3,11 @@
 
 mod float;
 mod formats;
+mod tiles;
 
 pub use float::*;
 pub use formats::*;
+pub use tiles::*;
 
 use super::quantized::Block;
 

@@ -18,6 +18,7 @@ macro_rules! each {
     };
 }
 
+pub mod amx;
 pub mod avx2;
 pub mod avx512;
 mod scales;
