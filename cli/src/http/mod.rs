@@ -114,11 +114,12 @@ pub async fn serve(config: Config) -> Result<()> {
     let routes = router(app.clone(), at.ip().is_loopback());
     // For people and for those who wait for it.
     eprintln!("rsinfer serves on http://{at}");
-    let mut preloading = std::pin::pin!(async {
+    let starting = app.clone();
+    let mut preloading = tokio::spawn(async move {
         if let Some(name) = preload {
-            let model = app.resolve(&name)?;
-            drop(app.models.acquire(&model, &Default::default(), None).await?);
-            app.starting.store(false, Ordering::Relaxed);
+            let model = starting.resolve(&name)?;
+            drop(starting.models.acquire(&model, &Default::default(), None).await?);
+            starting.starting.store(false, Ordering::Relaxed);
         }
         Ok::<(), Failure>(())
     });
@@ -137,7 +138,7 @@ pub async fn serve(config: Config) -> Result<()> {
                 }
             },
             loaded = &mut preloading, if !preloaded => {
-                loaded?;
+                loaded??;
                 preloaded = true;
                 continue;
             }

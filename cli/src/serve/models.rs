@@ -442,9 +442,11 @@ impl Models {
             Ok(Opened { model, passes: Box::new(context) })
         });
         let now = Loading { name: model.name.clone(), since: Instant::now(), progress };
+        let mut shown = Shown { models: self, now: now.clone(), over: false };
         self.set_loading(Some(now.clone()));
         let worker = watched(Worker::start(&model.name, open, sizes), &now, c.load_timeout).await;
-        self.set_loading(None);
+        shown.over = true;
+        drop(shown);
         let worker = worker?;
         let worker = worker.map_err(|e| Failure::Internal(format!("{e:#}")))?;
         let loaded = worker.model();
@@ -475,6 +477,22 @@ impl Models {
         drop(all);
         self.changed.notify_waiters();
         true
+    }
+}
+
+/// A load that others can see; whoever asked for it may go away before its end.
+struct Shown<'a> {
+    models: &'a Models,
+    now: Loading,
+    over: bool,
+}
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.now.progress.stop();
+        }
+        self.models.set_loading(None);
     }
 }
 
