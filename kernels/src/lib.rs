@@ -10,6 +10,7 @@ mod limits;
 mod meter;
 #[doc(hidden)]
 pub mod testing;
+mod visible;
 
 pub use backend::*;
 pub use buf::{Buf, KvBuf, Place, Vector, View, ViewMut, Weight};
