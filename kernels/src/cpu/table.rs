@@ -113,7 +113,7 @@ pub fn kernel(dtype: DType, isa: Isa) -> Kernel {
                     #[cfg(target_arch = "x86_64")]
                     (DType::$q, Isa::Avx2(_)) => Kernel::Quantized(
                         Kernels {
-                            one: avx2::few::<scalar::$q>,
+                            one: avx2::one::<scalar::$q>,
                             several: avx2::several::<scalar::$q>,
                             many: avx2::many::<scalar::$q>,
                         },

@@ -41,6 +41,9 @@ impl Load for scalar::BF16 {
     }
 }
 
+/// Elements of a pass: the rows and columns of all passes over them stay in the first-level cache.
+const LENGTH: usize = 512;
+
 /// `R` rows by `C` columns. `L` of the four registers of lanes at a time: the lanes do not depend on each other, so with many
 /// columns each pass over the row fills one.
 ///
@@ -56,28 +59,35 @@ unsafe fn tile<F: Load, const R: usize, const C: usize, const L: usize>(
     let len = x[0].len();
     let whole = len / 32 * 32;
     let mut lanes = [[[_mm256_setzero_ps(); 4]; C]; R];
-    for from in (0..4).step_by(L) {
-        let mut acc = [[[_mm256_setzero_ps(); L]; C]; R];
-        for i in (0..whole).step_by(32) {
-            for l in 0..L {
-                let at = i + 8 * (from + l);
-                let mut a = [_mm256_setzero_ps(); C];
+    for block in (0..whole).step_by(LENGTH) {
+        for from in (0..4).step_by(L) {
+            let mut acc = [[[_mm256_setzero_ps(); L]; C]; R];
+            for r in 0..R {
                 for c in 0..C {
-                    // SAFETY: eight elements from `at` < `whole` of every row and column.
-                    a[c] = unsafe { _mm256_loadu_ps(x[c].as_ptr().add(at)) };
+                    acc[r][c].copy_from_slice(&lanes[r][c][from..from + L]);
                 }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    // SAFETY: as above.
-                    let b = unsafe { F::load(w.add(r * row_bytes + at * F::BYTES)) };
+            }
+            for i in (block..whole.min(block + LENGTH)).step_by(32) {
+                for l in 0..L {
+                    let at = i + 8 * (from + l);
+                    let mut a = [_mm256_setzero_ps(); C];
                     for c in 0..C {
-                        acc[c][l] = _mm256_fmadd_ps(b, a[c], acc[c][l]);
+                        // SAFETY: eight elements from `at` < `whole` of every row and column.
+                        a[c] = unsafe { _mm256_loadu_ps(x[c].as_ptr().add(at)) };
+                    }
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        // SAFETY: as above.
+                        let b = unsafe { F::load(w.add(r * row_bytes + at * F::BYTES)) };
+                        for c in 0..C {
+                            acc[c][l] = _mm256_fmadd_ps(b, a[c], acc[c][l]);
+                        }
                     }
                 }
             }
-        }
-        for r in 0..R {
-            for c in 0..C {
-                lanes[r][c][from..from + L].copy_from_slice(&acc[r][c]);
+            for r in 0..R {
+                for c in 0..C {
+                    lanes[r][c][from..from + L].copy_from_slice(&acc[r][c]);
+                }
             }
         }
     }
@@ -141,13 +151,13 @@ pub unsafe fn rows<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f
     while at < x.len() {
         // SAFETY: the caller's promise; `columns` checks its slices.
         unsafe {
-            if x.len() - at >= 4 {
-                columns::<F, 3, 4, 1>(w, row_bytes, std::array::from_fn(|i| x[at + i]), y, at);
-                at += 4;
-            } else {
-                columns::<F, 3, 1, 4>(w, row_bytes, [x[at]], y, at);
-                at += 1;
+            match x.len() - at {
+                1 => columns::<F, 3, 1, 4>(w, row_bytes, [x[at]], y, at),
+                2 => columns::<F, 3, 2, 2>(w, row_bytes, [x[at], x[at + 1]], y, at),
+                3 => columns::<F, 4, 3, 1>(w, row_bytes, [x[at], x[at + 1], x[at + 2]], y, at),
+                _ => columns::<F, 3, 4, 1>(w, row_bytes, [x[at], x[at + 1], x[at + 2], x[at + 3]], y, at),
             }
         }
+        at += 4;
     }
 }

@@ -28,9 +28,16 @@ macro_rules! unpack {
             const BITS: u32 = $bits;
             #[inline(always)]
             unsafe fn bytes($p: *const u8) -> [__m256i; 8] {
-                // SAFETY: every read is inside the group's `BYTES` bytes.
-                let f = |$b: usize| unsafe { $body };
-                [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)]
+                // No closure: one that is called so often may stay a call, without the instruction set.
+                /// # Safety
+                /// As above.
+                #[inline(always)]
+                unsafe fn f($p: *const u8, $b: usize) -> __m256i {
+                    // SAFETY: every read is inside the group's `BYTES` bytes.
+                    unsafe { $body }
+                }
+                // SAFETY: the caller's promise.
+                unsafe { [f($p, 0), f($p, 1), f($p, 2), f($p, 3), f($p, 4), f($p, 5), f($p, 6), f($p, 7)] }
             }
         }
     )*};

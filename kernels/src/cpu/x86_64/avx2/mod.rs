@@ -1,18 +1,19 @@
 //! AVX2, FMA and F16C: `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in 16 bits, so weights come either as
 //! small unsigned bytes or as signed ones whose sign is moved to the activations.
 
-mod few;
 mod float;
 mod formats;
 pub mod lanes;
 mod many;
+mod one;
 mod peak;
 mod several;
+mod turned;
 
-pub use few::few;
 pub use float::rows as float_rows;
 pub use formats::Unpack;
 pub use many::many;
+pub use one::one;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
 pub use several::several;
 

@@ -96,6 +96,13 @@ unsafe fn add<F: Load, const R: usize, const C: usize>(
     // SAFETY: elements below `len` of rows below `R`.
     unsafe {
         while i + 32 <= len {
+            each!(r < R, {
+                let mut ahead = 1024;
+                while ahead < 1024 + 32 * F::BYTES {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(r * stride + i * F::BYTES + ahead).cast());
+                    ahead += 64;
+                }
+            });
             each!(h < 2, {
                 let mut a = [_mm512_setzero_ps(); C];
                 each!(c < C, { a[c] = _mm512_loadu_ps(x[c].add(i + 16 * h)) });
@@ -132,26 +139,25 @@ unsafe fn columns<F: Load, const R: usize, const C: usize>(
     let n = w.len() / row_bytes;
     let len = row_bytes / F::BYTES;
     let x = x.map(|x| x[..len].as_ptr());
-    let mut r = 0;
-    while r + R <= n {
+    // Rows read at once lie far apart: streams without gaps are what the processor's prefetchers follow best.
+    let part = n / R;
+    for r in 0..part {
         let mut acc = [[[_mm512_setzero_ps(); 2]; C]; R];
-        // SAFETY: rows r..r + R are there, and `len` elements of each column.
-        unsafe { add::<F, R, C>(w.as_ptr().add(r * row_bytes), row_bytes, x, len, &mut acc) };
+        // SAFETY: rows r, r + part, ... are there, and `len` elements of each column.
+        unsafe { add::<F, R, C>(w.as_ptr().add(r * row_bytes), part * row_bytes, x, len, &mut acc) };
         for i in 0..R {
             for c in 0..C {
-                y[(at + c) * n + r + i] = tree32(acc[i][c]);
+                y[(at + c) * n + r + i * part] = tree32(acc[i][c]);
             }
         }
-        r += R;
     }
-    while r < n {
+    for r in R * part..n {
         let mut acc = [[[_mm512_setzero_ps(); 2]; C]; 1];
         // SAFETY: row r is there, and `len` elements of each column.
         unsafe { add::<F, 1, C>(w.as_ptr().add(r * row_bytes), row_bytes, x, len, &mut acc) };
         for c in 0..C {
             y[(at + c) * n + r] = tree32(acc[0][c]);
         }
-        r += 1;
     }
 }
 
@@ -168,10 +174,11 @@ pub unsafe fn few<F: Load>(w: &[u8], row_bytes: usize, x: &[&[f32]], y: &mut [f3
             match x.len() - at {
                 1 => columns::<F, 4, 1>(w, row_bytes, [x[at]], y, at),
                 2 => columns::<F, 4, 2>(w, row_bytes, [x[at], x[at + 1]], y, at),
-                _ => columns::<F, 4, 3>(w, row_bytes, [x[at], x[at + 1], x[at + 2]], y, at),
+                3 => columns::<F, 4, 3>(w, row_bytes, [x[at], x[at + 1], x[at + 2]], y, at),
+                _ => columns::<F, 3, 4>(w, row_bytes, [x[at], x[at + 1], x[at + 2], x[at + 3]], y, at),
             }
         }
-        at += 3;
+        at += 4;
     }
 }
 
