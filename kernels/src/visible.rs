@@ -42,6 +42,11 @@ impl Visible {
         self.prompts[i] as usize
     }
 
+    /// The same of all rows.
+    pub fn prompts(&self) -> &[u32] {
+        &self.prompts
+    }
+
     /// Adds the next query row; empty spans are dropped.
     pub fn push(&mut self, spans: impl IntoIterator<Item = Span>) {
         self.spans.extend(spans.into_iter().filter(|s| s.len > 0));

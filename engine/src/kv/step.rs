@@ -27,7 +27,6 @@ pub struct Rows<'a> {
 pub(super) struct Step {
     begun: Vec<Begun>,
     positions: Vec<u64>,
-    prompts: Vec<u32>,
     spans: Vec<Span>,
     moves: Vec<(u32, u32)>,
 }
@@ -112,16 +111,13 @@ impl Arena {
     pub(crate) fn begin(&mut self, rows: &[Rows<'_>]) -> Result<(), EngineError> {
         self.check(rows)?;
         let Self { device, options, layers, groups, sequences, step, watcher, .. } = self;
-        let Step { begun, positions, prompts, spans, moves } = step;
+        let Step { begun, positions, spans, moves } = step;
         begun.clear();
         positions.clear();
-        prompts.clear();
         for r in rows {
             let s = sequences[r.seq.index as usize].as_ref().expect("checked");
             let first = s.base + s.tokens.len() as u64;
             positions.extend(first..first + r.tokens.len() as u64);
-            let prompt = u32::try_from(r.prompt).unwrap_or(u32::MAX);
-            prompts.extend(std::iter::repeat_n(prompt, r.tokens.len()));
         }
         for (g, group) in groups.iter_mut().enumerate() {
             group.clear();
@@ -202,7 +198,8 @@ impl Arena {
 
     /// Tokens of the prompts that the rows begun belong to, 0 for decoding.
     pub(crate) fn prompts(&self) -> &[u32] {
-        &self.step.prompts
+        // The same in every group.
+        self.groups.first().map_or(&[], |g| g.visible.prompts())
     }
 
     /// Positions of the rows begun, in layer `l`; layers with the same number have the same positions.

@@ -44,6 +44,53 @@ fn refuse<T>(what: String) -> Result<T, KernelError> {
     Err(KernelError::Shape(format!("cuda: {what}")))
 }
 
+// What every kernel of attention is told, in the order of their parameters.
+impl Gqa {
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn queries(&self) -> Result<[Arg; 5], KernelError> {
+        let k = p(self.k.row_bytes() as u64);
+        Ok([p(self.q.at), p(self.q_sink), n(self.q.stride)?, p(self.k.at), k])
+    }
+
+    fn values(&self) -> [Arg; 2] {
+        [p(self.v.at), p(self.v.row_bytes() as u64)]
+    }
+
+    fn grouping(&self) -> Result<[Arg; 2], KernelError> {
+        Ok([n(self.kv_heads)?, n(self.group())?])
+    }
+
+    fn shape(&self) -> Result<[Arg; 3], KernelError> {
+        Ok([n(self.key)?, n(self.value)?, Arg::F32(self.scale)])
+    }
+}
+
+impl Absorbed {
+    fn operands(&self) -> Result<[Arg; 9], KernelError> {
+        if self.latent > MAX_VALUE {
+            return refuse(format!("latents of {} values; {MAX_VALUE} are possible", self.latent));
+        }
+        Ok([
+            p(self.q_latent),
+            p(self.q.at),
+            p(self.q_sink),
+            n(self.q.stride)?,
+            p(self.latents.at),
+            p(self.latents.row_bytes() as u64),
+            p(self.k_pe.at),
+            p(self.k_pe.row_bytes() as u64),
+            n(self.heads)?,
+        ])
+    }
+
+    fn shape(&self) -> Result<[Arg; 4], KernelError> {
+        Ok([n(self.latent)?, n(self.nope)?, n(self.rope)?, Arg::F32(self.scale)])
+    }
+}
+
 /// Columns of a tile of products on tensor cores.
 pub const TILE_COLUMNS: usize = 32;
 
@@ -347,56 +394,29 @@ impl Launcher {
             129..=256 => "prompt_4",
             _ => return refuse(format!("prompts with heads of {} values; 256 are possible", a.value)),
         };
-        let group = a.heads / a.kv_heads;
+        let group = a.group();
         let args = [
-            p(a.q.at),
-            p(a.q_sink),
-            n(a.q.stride)?,
-            p(a.k.at),
-            p(a.k.row_bytes() as u64),
-            p(a.v.at),
-            p(a.v.row_bytes() as u64),
-            n(a.kv_heads)?,
-            n(group)?,
-            n(t.heads)?,
-            n(a.key)?,
-            n(a.value)?,
-            Arg::F32(a.scale),
-            p(t.tiles),
-            p(t.segments),
-            p(t.ranges),
-            p(out.at),
-            n(out.stride)?,
-        ];
+            &a.queries()?[..],
+            &a.values(),
+            &a.grouping()?,
+            &[n(t.heads)?],
+            &a.shape()?,
+            &[p(t.tiles), p(t.segments), p(t.ranges), p(out.at), n(out.stride)?],
+        ]
+        .concat();
         self.run(m, entry, [t.count, a.kv_heads * group.div_ceil(t.heads), 1], 256, 0, &args)
     }
 
     /// The same of absorbed MLA; out `[rows, heads, latent]`.
     pub fn prompt_mla(&self, a: &Absorbed, t: Tiles, out: u64) -> Result<(), KernelError> {
-        if a.latent > MAX_VALUE {
-            return refuse(format!("latents of {} values; {MAX_VALUE} are possible", a.latent));
-        }
         let m = self.pair("prompt", a.latents, a.k_pe)?;
         let args = [
-            p(a.q_latent),
-            p(a.q.at),
-            p(a.q_sink),
-            n(a.q.stride)?,
-            p(a.latents.at),
-            p(a.latents.row_bytes() as u64),
-            p(a.k_pe.at),
-            p(a.k_pe.row_bytes() as u64),
-            n(a.heads)?,
-            n(t.heads)?,
-            n(a.latent)?,
-            n(a.nope)?,
-            n(a.rope)?,
-            Arg::F32(a.scale),
-            p(t.tiles),
-            p(t.segments),
-            p(t.ranges),
-            p(out),
-        ];
+            &a.operands()?[..],
+            &[n(t.heads)?],
+            &a.shape()?,
+            &[p(t.tiles), p(t.segments), p(t.ranges), p(out)],
+        ]
+        .concat();
         self.run(m, "prompt_mla", [t.count, a.heads.div_ceil(t.heads), 1], 256, 0, &args)
     }
 
@@ -536,54 +556,23 @@ impl Launcher {
             return refuse(format!("heads of {} values; {MAX_VALUE} are possible", a.value));
         }
         let m = self.pair("attention", a.k, a.v)?;
-        let group = a.heads / a.kv_heads;
+        let group = a.group();
         let args = [
-            p(a.q.at),
-            p(a.q_sink),
-            n(a.q.stride)?,
-            p(a.k.at),
-            p(a.k.row_bytes() as u64),
-            p(a.v.at),
-            p(a.v.row_bytes() as u64),
-            n(a.kv_heads)?,
-            n(group)?,
-            n(a.key)?,
-            n(a.value)?,
-            Arg::F32(a.scale),
-            p(l.spans),
-            p(l.ends),
-            n(SPLIT)?,
-            p(parts),
-        ];
+            &a.queries()?[..],
+            &a.values(),
+            &a.grouping()?,
+            &a.shape()?,
+            &[p(l.spans), p(l.ends), n(SPLIT)?, p(parts)],
+        ]
+        .concat();
         let grid = [l.splits(), a.kv_heads * group.div_ceil(HEADS), l.rows];
         self.run(m, "attend", grid, 128, TILE * (a.key + 1), &args)
     }
 
     /// Parts `[rows, heads, splits, latent + 2]` of absorbed MLA.
     pub fn attend_mla(&self, a: &Absorbed, l: Lists, parts: u64) -> Result<(), KernelError> {
-        if a.latent > MAX_VALUE {
-            return refuse(format!("latents of {} values; {MAX_VALUE} are possible", a.latent));
-        }
         let m = self.pair("attention", a.latents, a.k_pe)?;
-        let args = [
-            p(a.q_latent),
-            p(a.q.at),
-            p(a.q_sink),
-            n(a.q.stride)?,
-            p(a.latents.at),
-            p(a.latents.row_bytes() as u64),
-            p(a.k_pe.at),
-            p(a.k_pe.row_bytes() as u64),
-            n(a.heads)?,
-            n(a.latent)?,
-            n(a.nope)?,
-            n(a.rope)?,
-            Arg::F32(a.scale),
-            p(l.spans),
-            p(l.ends),
-            n(SPLIT)?,
-            p(parts),
-        ];
+        let args = [&a.operands()?[..], &a.shape()?, &[p(l.spans), p(l.ends), n(SPLIT)?, p(parts)]].concat();
         let grid = [l.splits(), a.heads.div_ceil(HEADS), l.rows];
         self.run(m, "attend_mla", grid, 128, TILE * (a.latent + a.rope + 1), &args)
     }
@@ -614,27 +603,23 @@ impl Launcher {
     /// Adds the probabilities of row `row` to mass `[kv_heads, slots]`, after `attend`.
     pub fn mass(&self, a: &Gqa, l: Lists, row: usize, parts: u64, mass: Floats) -> Result<(), KernelError> {
         let m = self.pair("mass", a.k, a.v)?;
-        let group = a.heads / a.kv_heads;
+        let group = a.group();
         let args = [
-            p(a.q.at),
-            p(a.q_sink),
-            n(a.q.stride)?,
-            p(a.k.at),
-            p(a.k.row_bytes() as u64),
-            n(a.kv_heads)?,
-            n(group)?,
-            n(a.key)?,
-            n(a.value)?,
-            Arg::F32(a.scale),
-            p(l.spans),
-            p(l.ends),
-            n(row)?,
-            n(SPLIT)?,
-            p(parts),
-            n(l.splits())?,
-            p(mass.at),
-            n(mass.stride)?,
-        ];
+            &a.queries()?[..],
+            &a.grouping()?,
+            &a.shape()?,
+            &[
+                p(l.spans),
+                p(l.ends),
+                n(row)?,
+                n(SPLIT)?,
+                p(parts),
+                n(l.splits())?,
+                p(mass.at),
+                n(mass.stride)?,
+            ],
+        ]
+        .concat();
         self.run(m, "mass", [l.longest.div_ceil(64), a.kv_heads, 1], 128, 2 * group, &args)
     }
 
@@ -649,27 +634,11 @@ impl Launcher {
     ) -> Result<(), KernelError> {
         let m = self.pair("mass", a.latents, a.k_pe)?;
         let args = [
-            p(a.q_latent),
-            p(a.q.at),
-            p(a.q_sink),
-            n(a.q.stride)?,
-            p(a.latents.at),
-            p(a.latents.row_bytes() as u64),
-            p(a.k_pe.at),
-            p(a.k_pe.row_bytes() as u64),
-            n(a.heads)?,
-            n(a.latent)?,
-            n(a.nope)?,
-            n(a.rope)?,
-            Arg::F32(a.scale),
-            p(l.spans),
-            p(l.ends),
-            n(row)?,
-            n(SPLIT)?,
-            p(parts),
-            n(l.splits())?,
-            p(mass.at),
-        ];
+            &a.operands()?[..],
+            &a.shape()?,
+            &[p(l.spans), p(l.ends), n(row)?, n(SPLIT)?, p(parts), n(l.splits())?, p(mass.at)],
+        ]
+        .concat();
         self.run(m, "mass_mla", [l.longest.div_ceil(64), 1, 1], 128, 2 * a.heads, &args)
     }
 

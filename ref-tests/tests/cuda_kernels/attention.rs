@@ -68,7 +68,7 @@ pub(crate) fn visible(rows: usize, depth: usize, slots: usize, ring: bool) -> Vi
 }
 
 /// Softmax of the scores and the weighted sum of the values, in f64.
-pub(crate) fn attend(
+fn attend(
     entries: &[(usize, bool)],
     score: impl Fn(usize, bool) -> f64,
     value: impl Fn(usize) -> Vec<f64>,
@@ -84,12 +84,40 @@ pub(crate) fn attend(
     out
 }
 
-pub(crate) fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
+fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
     v.row(row).iter().flat_map(|s| (s.start..s.start + s.len).map(|i| (i as usize, s.sink))).collect()
 }
 
-pub(crate) fn dot(q: &[f32], k: &[f64]) -> f64 {
+fn dot(q: &[f32], k: &[f64]) -> f64 {
     q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum()
+}
+
+/// Absorbed MLA of rows `[heads, latent]`, of their queries `[heads, nope + rope]` (a second time for sinks), over latents and shared
+/// keys: `[rows, heads, latent]`.
+pub(crate) fn mla(
+    v: &Visible,
+    [absorbed, q, q2]: [&[f32]; 3],
+    [c, pe]: [&Cache; 2],
+    (heads, nope, rope): (usize, usize, usize),
+    scale: f32,
+) -> Vec<f64> {
+    let latent = c.values[0].len();
+    let mut out = Vec::new();
+    for row in 0..v.rows() {
+        for h in 0..heads {
+            let one = &absorbed[(row * heads + h) * latent..][..latent];
+            let at = (row * heads + h) * (nope + rope) + nope;
+            out.extend(attend(
+                &entries(v, row),
+                |slot, sink| {
+                    let two = &(if sink { q2 } else { q })[at..at + rope];
+                    f64::from(scale) * (dot(one, &c.values[slot]) + dot(two, &pe.values[slot]))
+                },
+                |slot| c.values[slot].clone(),
+            ));
+        }
+    }
+    out
 }
 
 pub(crate) fn close(got: &[f32], want: &[f64], what: &str) {
@@ -268,21 +296,7 @@ fn mla_shares_the_latent_among_all_heads() {
             let grid = [splits, heads.div_ceil(8), rows];
             g.run_shared("attend_mla", grid, 128, 16 * (latent + rope + 1), &params);
             let got = merge(&mut g, parts, l, heads, rows, latent);
-            let mut want = Vec::new();
-            for row in 0..rows {
-                for h in 0..heads {
-                    let one = &absorbed[(row * heads + h) * latent..][..latent];
-                    let at = row * width + h * (nope + rope) + nope;
-                    want.extend(attend(
-                        &entries(&v, row),
-                        |slot, sink| {
-                            let two = &(if sink { &q2 } else { &q })[at..at + rope];
-                            f64::from(scale) * (dot(one, &c.values[slot]) + dot(two, &pe.values[slot]))
-                        },
-                        |slot| c.values[slot].clone(),
-                    ));
-                }
-            }
+            let want = mla(&v, [&absorbed, &q, &q2], [&c, &pe], (heads, nope, rope), scale);
             close(&got, &want, &format!("{dtype}, {heads} heads, latent {latent}, depth {depth}"));
         }
     }

@@ -1,6 +1,6 @@
 //! Attention of prompts: grouped heads against the CPU's tiles, to the bit; absorbed MLA against the formula in f64.
 
-use crate::attention::{Cache, attend, cache, close, dot, entries, fill, span, visible};
+use crate::attention::{Cache, cache, close, fill, mla, span, visible};
 use crate::{Gpu, n, p};
 use kernels::cpu::CpuBackend;
 use kernels::cpu::isa::Isa;
@@ -251,21 +251,7 @@ fn absorbed_prompts_share_the_latent() {
             ];
             g.run("prompt_mla", [tiles, heads.div_ceil(per)], 256, &params);
             let got = g.read(out, rows * heads * latent);
-            let mut want = Vec::new();
-            for row in 0..rows {
-                for h in 0..heads {
-                    let one = &absorbed[(row * heads + h) * latent..][..latent];
-                    let at = row * width + h * (nope + rope) + nope;
-                    want.extend(attend(
-                        &entries(&v, row),
-                        |slot, sink| {
-                            let two = &(if sink { &q2 } else { &q })[at..at + rope];
-                            f64::from(scale) * (dot(one, &c.values[slot]) + dot(two, &pe.values[slot]))
-                        },
-                        |slot| c.values[slot].clone(),
-                    ));
-                }
-            }
+            let want = mla(&v, [&absorbed, &q, &q2], [&c, &pe], (heads, nope, rope), scale);
             close(&got, &want, &format!("{dtype}, {heads} heads, latent {latent}, depth {depth}"));
         }
     }

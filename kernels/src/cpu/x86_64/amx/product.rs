@@ -5,6 +5,7 @@
 //! them: nothing of their state outlives a block, so that no promise about what the compiler does in between is needed, and
 //! threads that do other work carry none of it (it would cost at every switch of threads).
 
+use super::super::avx512::turned;
 use super::widen::{Widen, widen};
 use crate::KernelError;
 use crate::cpu::scalar::{MAX_GROUP_BYTES, RUN};
@@ -233,41 +234,14 @@ pub unsafe fn peak(rounds: usize) {
     }
 }
 
-/// 16 bytes at `p` of lines r, r + 4, r + 8, r + 12.
-///
-/// # Safety
-/// As for all helpers here: inlined only into functions that have the instruction set; the lines can be read.
-#[inline(always)]
-unsafe fn four_lines(p: *const u8, r: usize) -> __m512i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let p = p.add(64 * r);
-        let z = _mm512_castsi128_si512(_mm_load_si128(p.cast()));
-        let z = _mm512_inserti32x4::<1>(z, _mm_load_si128(p.add(256).cast()));
-        let z = _mm512_inserti32x4::<2>(z, _mm_load_si128(p.add(512).cast()));
-        _mm512_inserti32x4::<3>(z, _mm_load_si128(p.add(768).cast()))
-    }
-}
-
 /// Lanes `4 * q..4 * q + 4` of 16 lines, each as a register: lane i of it from line i.
 ///
 /// # Safety
-/// As above.
+/// As for all helpers here: inlined only into functions that have the instruction set; `from` is 16 lines.
 #[inline(always)]
-unsafe fn turned(from: *const Line, q: usize) -> [__m512i; 4] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let p = from.cast::<u8>().add(16 * q);
-        let (a, b, c, d) = (four_lines(p, 0), four_lines(p, 1), four_lines(p, 2), four_lines(p, 3));
-        let (ab, ab2) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        let (cd, cd2) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-        [
-            _mm512_unpacklo_epi64(ab, cd),
-            _mm512_unpackhi_epi64(ab, cd),
-            _mm512_unpacklo_epi64(ab2, cd2),
-            _mm512_unpackhi_epi64(ab2, cd2),
-        ]
-    }
+unsafe fn lanes(from: *const Line, q: usize) -> [__m512i; 4] {
+    // SAFETY: the caller's promise; a line is 64 bytes.
+    unsafe { turned::<64>(from.cast::<u8>().add(16 * q)) }
 }
 
 /// See `tiles::Writer::set`.
@@ -292,7 +266,7 @@ pub unsafe fn interleave(rows: &[&[f32]], to: &mut [Line]) {
         for q in 0..4 {
             // SAFETY: 16 lines each.
             unsafe {
-                let v = turned(tile.as_ptr(), q);
+                let v = lanes(tile.as_ptr(), q);
                 each!(j < 4, { _mm512_store_si512(to.as_mut_ptr().add(4 * q + j).cast(), v[j]) });
             }
         }
@@ -355,7 +329,7 @@ unsafe fn put(c: *const Line, y: *mut f32, n: usize, (rows, tokens): (usize, usi
     for q in 0..tokens.div_ceil(4) {
         // SAFETY: the caller's promise.
         unsafe {
-            let v = turned(c, q);
+            let v = lanes(c, q);
             each!(j < 4, {
                 if 4 * q + j < tokens {
                     let to = y.add((4 * q + j) * n);

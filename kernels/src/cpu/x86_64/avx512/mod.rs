@@ -17,6 +17,7 @@ pub use many::many;
 pub use one::one;
 pub use peak::{FLOAT_ROUND, INT8_ROUND, float_peak, int8_peak};
 pub use several::several;
+pub use tile::turned;
 
 use crate::KernelError;
 use crate::cpu::quantized::BLOCK;

@@ -132,19 +132,40 @@ unsafe fn turn(rows: *const __m256, to: *mut Line, step: usize) {
     }
 }
 
-/// 16 bytes of rows r, r + 4, r + 8, r + 12 of 256 bytes.
+/// 16 bytes of rows r, r + 4, r + 8, r + 12, `STEP` bytes apart.
+///
+/// # Safety
+/// As above; the rows from `p` on can be read, aligned to 16 bytes.
+#[inline(always)]
+unsafe fn four_rows<const STEP: usize>(p: *const u8, r: usize) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let p = p.add(STEP * r);
+        let z = _mm512_castsi128_si512(_mm_load_si128(p.cast()));
+        let z = _mm512_inserti32x4::<1>(z, _mm_load_si128(p.add(4 * STEP).cast()));
+        let z = _mm512_inserti32x4::<2>(z, _mm_load_si128(p.add(8 * STEP).cast()));
+        _mm512_inserti32x4::<3>(z, _mm_load_si128(p.add(12 * STEP).cast()))
+    }
+}
+
+/// 16 bytes of 16 rows, `STEP` bytes apart, as four registers of 4 bytes of 16 rows.
 ///
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn four_rows(p: *const u8, r: usize) -> __m512i {
+pub unsafe fn turned<const STEP: usize>(p: *const u8) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
     unsafe {
-        let p = p.add(256 * r);
-        let z = _mm512_castsi128_si512(_mm_load_si128(p.cast()));
-        let z = _mm512_inserti32x4::<1>(z, _mm_load_si128(p.add(1024).cast()));
-        let z = _mm512_inserti32x4::<2>(z, _mm_load_si128(p.add(2048).cast()));
-        _mm512_inserti32x4::<3>(z, _mm_load_si128(p.add(3072).cast()))
+        let (a, b) = (four_rows::<STEP>(p, 0), four_rows::<STEP>(p, 1));
+        let (c, d) = (four_rows::<STEP>(p, 2), four_rows::<STEP>(p, 3));
+        let (ab, ab2) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let (cd, cd2) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        [
+            _mm512_unpacklo_epi64(ab, cd),
+            _mm512_unpackhi_epi64(ab, cd),
+            _mm512_unpacklo_epi64(ab2, cd2),
+            _mm512_unpackhi_epi64(ab2, cd2),
+        ]
     }
 }
 
@@ -225,19 +246,12 @@ pub unsafe fn unpack<F: Unpack>(w: &[u8], row_bytes: usize, i: usize, tile: *mut
             // SAFETY: 16 rows; the second register's lines follow the first's.
             unsafe { turn(rows.as_ptr(), tile.add(16 + 2 * m + v), step) };
         }
-        // 16 bytes of 16 rows at a time, as four registers of 4 bytes of 16 rows.
         for c in 0..16 {
             // SAFETY: `bytes` holds 16 rows of 256 bytes; each sub-block takes eight pairs of lines.
             unsafe {
-                let p = bytes.as_ptr().cast::<u8>().add(16 * c);
-                let (a, b, c2, d) = (four_rows(p, 0), four_rows(p, 1), four_rows(p, 2), four_rows(p, 3));
-                let (ab, ab2) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-                let (cd, cd2) = (_mm512_unpacklo_epi32(c2, d), _mm512_unpackhi_epi32(c2, d));
+                let v4 = turned::<256>(bytes.as_ptr().cast::<u8>().add(16 * c));
                 let to = tile.add(c / 2 * step + 8 * (c % 2) + v).cast::<__m512i>();
-                _mm512_store_si512(to, _mm512_unpacklo_epi64(ab, cd));
-                _mm512_store_si512(to.add(2), _mm512_unpackhi_epi64(ab, cd));
-                _mm512_store_si512(to.add(4), _mm512_unpacklo_epi64(ab2, cd2));
-                _mm512_store_si512(to.add(6), _mm512_unpackhi_epi64(ab2, cd2));
+                each!(j < 4, { _mm512_store_si512(to.add(2 * j), v4[j]) });
             }
         }
     }
