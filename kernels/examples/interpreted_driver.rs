@@ -1,6 +1,7 @@
 //! A stand-in for NVIDIA's driver library: the functions that `cuda/driver.rs` looks up, with the PTX interpreter behind them. Tests load it
 //! as libcuda.so.1, so that the program's way to a GPU runs to its end where there is none. `RSINFER_TEST_DRIVER` asks for what goes wrong:
-//! `old`, `none`, `pre-turing`, `small`, `refuses`, `lost`. Must not know of the backend.
+//! `old`, `none`, `pre-turing`, `small`, `refuses`, `lost`; `wrong:ENTRY` (that kernel subtracts where it first adds), `faults:ENTRY` (the GPU
+//! is lost when it is launched), `hangs:ENTRY`. Must not know of the backend.
 // NVIDIA documents what these do and ask.
 #![allow(clippy::missing_safety_doc, missing_docs)]
 
@@ -27,6 +28,7 @@ struct State {
     functions: Vec<(usize, String)>,
     held: HashMap<u64, usize>,
     launches: usize,
+    lost: bool,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
@@ -37,6 +39,21 @@ fn state() -> MutexGuard<'static, State> {
 
 fn asked(what: &str) -> bool {
     std::env::var("RSINFER_TEST_DRIVER").is_ok_and(|v| v == what)
+}
+
+/// Whether it is asked for of this kernel.
+fn asked_of(what: &str, kernel: &str) -> bool {
+    std::env::var("RSINFER_TEST_DRIVER").is_ok_and(|v| v.split_once(':') == Some((what, kernel)))
+}
+
+/// The text with one kernel's first addition made a subtraction, where that is asked for.
+fn spoiled(text: &str) -> String {
+    let asked = std::env::var("RSINFER_TEST_DRIVER").unwrap_or_default();
+    let add = asked.strip_prefix("wrong:").and_then(|entry| {
+        let start = text.find(&format!(".entry {entry}("))?;
+        Some(start + text[start..].find("add.rn.f32")?)
+    });
+    add.map_or_else(|| text.to_owned(), |at| format!("{}sub{}", &text[..at], &text[at + 3..]))
 }
 
 fn size() -> usize {
@@ -124,9 +141,9 @@ pub unsafe extern "system" fn cuDeviceGetName(name: *mut c_char, len: c_int, _: 
 #[unsafe(no_mangle)]
 pub unsafe extern "system" fn cuDeviceGetAttribute(x: *mut c_int, what: c_int, device: c_int) -> c_int {
     let value = match what {
-        75 => 7,
-        76 if asked("pre-turing") => 0,
-        76 => 5,
+        75 if asked("pre-turing") => 7,
+        75 => 8,
+        76 => 0,
         17 => 0,
         _ => return INVALID_VALUE,
     };
@@ -241,7 +258,7 @@ pub unsafe extern "system" fn cuModuleLoadDataEx(
     }
     // SAFETY: a terminated text of the caller's.
     let text = unsafe { CStr::from_ptr(text.cast()) }.to_string_lossy();
-    let Ok(parsed) = Module::parse(&text) else { return BAD_PTX };
+    let Ok(parsed) = Module::parse(&spoiled(&text)) else { return BAD_PTX };
     let s = &mut *state();
     s.modules.push(parsed);
     // SAFETY: the caller's.
@@ -285,12 +302,19 @@ pub unsafe extern "system" fn cuLaunchKernel(
     params: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> c_int {
-    let State { machine, modules, functions, launches, .. } = &mut *state();
+    let State { machine, modules, functions, launches, lost, .. } = &mut *state();
     *launches += 1;
-    if stream != handle(42) || !extra.is_null() || (asked("lost") && *launches > 20) {
+    if stream != handle(42) || !extra.is_null() || *lost || (asked("lost") && *launches > 20) {
         return ILLEGAL_ADDRESS;
     }
     let Some((m, name)) = functions.get(number(function)) else { return INVALID_VALUE };
+    if asked_of("faults", name) {
+        *lost = true;
+        return ILLEGAL_ADDRESS;
+    }
+    if asked_of("hangs", name) {
+        std::thread::sleep(std::time::Duration::from_secs(3600));
+    }
     let kernel = modules[*m].kernel(name).expect("found before");
     let values = kernel.parameters().enumerate().map(|(i, size)| {
         // SAFETY: the caller points to as many values of these sizes as the kernel has parameters.

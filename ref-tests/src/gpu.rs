@@ -1,10 +1,11 @@
 //! A GPU for tests: the PTX interpreter behind the seam that the CUDA backend computes on, with faults on request. Reads of memory that
 //! nothing wrote, accesses outside of allocations and whatever else the interpreter notices are errors of the launch or copy.
 
+use crate::mirror::{self, Machine, Text};
 use kernels::cuda::modules::Ptx;
 use kernels::cuda::{Arg, CudaBackend, Gpu, GpuError, GpuInfo, KernelId, Launch};
 use kernels::{Device, KernelError};
-use ptx::{Machine, Module, Param};
+use ptx::Param;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -19,10 +20,9 @@ pub enum Fault {
     Lost(usize),
 }
 
-#[derive(Default)]
 struct State {
     machine: Machine,
-    modules: Vec<(&'static str, Arc<Module>)>,
+    modules: Vec<(&'static str, Arc<Text>)>,
     kernels: Vec<(usize, String)>,
     held: HashMap<u64, usize>,
     /// Bytes that may be held.
@@ -31,21 +31,22 @@ struct State {
     lost: bool,
     launches: usize,
     waits: usize,
+    capability: (u32, u32),
 }
 
 /// An interpreted GPU; clones are the same one.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Interpreted(Arc<Mutex<State>>);
 
 /// Texts parsed so far: they are the same for every GPU.
-fn parse(ptx: &Ptx) -> Result<Arc<Module>, GpuError> {
-    static PARSED: OnceLock<Mutex<HashMap<&'static str, Arc<Module>>>> = OnceLock::new();
+fn parse(ptx: &Ptx) -> Result<Arc<Text>, GpuError> {
+    static PARSED: OnceLock<Mutex<HashMap<&'static str, Arc<Text>>>> = OnceLock::new();
     let mut parsed = PARSED.get_or_init(Mutex::default).lock().unwrap_or_else(|e| e.into_inner());
     if let Some(m) = parsed.get(ptx.name) {
         return Ok(m.clone());
     }
     let refused = |e: ptx::PtxError| GpuError::Refused { module: ptx.name.into(), why: e.to_string() };
-    let module = Arc::new(Module::parse(ptx.text).map_err(refused)?);
+    let module = Arc::new(Text::new(ptx.text).map_err(refused)?);
     parsed.insert(ptx.name, module.clone());
     Ok(module)
 }
@@ -57,7 +58,29 @@ fn failed(call: &'static str) -> impl Fn(ptx::PtxError) -> GpuError {
 impl Interpreted {
     /// One of so many bytes.
     pub fn new(size: u64) -> Self {
-        Self(Arc::new(Mutex::new(State { size, ..State::default() })))
+        Self::of(Machine::alone(), size, (7, 5))
+    }
+
+    /// One that a GPU mirrors, where `RSINFER_TEST_GPU` asks for it: kernels are those of its generation.
+    pub fn mirrored(size: u64) -> Self {
+        Self::of(Machine::new(), size, mirror::device().map_or((7, 5), |d| d.capability()))
+    }
+
+    fn of(machine: Machine, size: u64, capability: (u32, u32)) -> Self {
+        let (held, modules, kernels) = (HashMap::new(), Vec::new(), Vec::new());
+        let state = State {
+            machine,
+            modules,
+            kernels,
+            held,
+            size,
+            fault: None,
+            lost: false,
+            launches: 0,
+            waits: 0,
+            capability,
+        };
+        Self(Arc::new(Mutex::new(state)))
     }
 
     /// The backend's device on it.
@@ -113,7 +136,7 @@ fn due(n: Option<&mut usize>) -> bool {
 
 impl Gpu for Interpreted {
     fn info(&self) -> GpuInfo {
-        GpuInfo { name: "PTX interpreter".into(), capability: (7, 5), display: false }
+        GpuInfo { name: "PTX interpreter".into(), capability: self.state().capability, display: false }
     }
 
     fn memory(&self) -> Result<(u64, u64), GpuError> {
@@ -167,7 +190,7 @@ impl Gpu for Interpreted {
         let mut s = self.call()?;
         let missing = || GpuError::Refused { module: module.into(), why: format!("it has no {entry}") };
         let m = s.modules.iter().position(|m| m.0 == module).ok_or_else(missing)?;
-        s.modules[m].1.kernel(entry).ok_or_else(missing)?;
+        s.modules[m].1.has(entry).then_some(()).ok_or_else(missing)?;
         s.kernels.push((m, entry.into()));
         Ok(KernelId(s.kernels.len() - 1))
     }
@@ -192,9 +215,8 @@ impl Gpu for Interpreted {
                 Arg::F32(x) => Param::F32(*x),
             })
             .collect();
-        let k = module.kernel(&entry).expect("found when it was asked for");
         let block = [launch.threads, 1, 1];
-        let done = s.machine.launch(k, launch.grid, block, launch.shared as usize, &params);
+        let done = s.machine.launch(&module, &entry, launch.grid, block, launch.shared as usize, &params);
         done.map(|_| ()).map_err(failed("launch"))
     }
 

@@ -1,6 +1,7 @@
 //! Shared helpers of the reference tests: where fixtures and shared material lie, `.npy` files, how logits are compared.
 
 pub mod gpu;
+pub mod mirror;
 pub mod quant_tensors;
 
 use std::path::{Path, PathBuf};
@@ -10,9 +11,10 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("ref-tests lies in the repository").into()
 }
 
-/// A file below `ref-tests/fixtures`.
+/// A file below `ref-tests/fixtures`, or below `RSINFER_FIXTURES` where test programs were taken elsewhere.
 pub fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    std::env::var_os("RSINFER_FIXTURES").map_or_else(here, PathBuf::from).join(path)
 }
 
 /// The shared material beside the repository, or `None`, said on stderr. In CI its absence is a failure.

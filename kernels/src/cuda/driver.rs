@@ -365,7 +365,8 @@ impl Gpu for Driver {
         if code != 0 {
             let log: Vec<u8> = log.into_iter().take_while(|b| *b != 0).collect();
             let log = String::from_utf8_lossy(&log);
-            let why = format!("{} {}", self.api.text(code), log.lines().next().unwrap_or_default());
+            let log: Vec<&str> = log.lines().take(4).map(str::trim).collect();
+            let why = format!("{} {}", self.api.text(code), log.join(" "));
             return Err(GpuError::Refused { module: module.name.into(), why: why.trim().into() });
         }
         self.state().modules.push((module.name, handle));

@@ -7,8 +7,10 @@ mod models;
 mod ops;
 
 use kernels::Device;
-use kernels::cuda::CudaBackend;
+use kernels::cuda::{CudaBackend, Gpu};
 use ref_tests::gpu::Interpreted;
+use ref_tests::mirror;
+use std::sync::OnceLock;
 
 /// A device on a fresh interpreter with a GiB.
 pub(crate) fn interpreted() -> (Device, Interpreted) {
@@ -16,10 +18,16 @@ pub(crate) fn interpreted() -> (Device, Interpreted) {
     (gpu.device().expect("the kernels load"), gpu)
 }
 
-/// A device to compute on: the GPU that is asked for, or else an interpreter.
+/// A device to compute on: the GPU that is asked for, or else an interpreter. With `RSINFER_TEST_GPU_MIRROR` the interpreter computes, and
+/// the GPU beside it, launch by launch: where a result of the GPU's is wrong, that says which kernel's.
 pub(crate) fn gpu() -> Device {
-    let Ok(name) = std::env::var("RSINFER_TEST_GPU") else { return interpreted().0 };
-    let index = name.strip_prefix("cuda:").and_then(|n| n.parse().ok()).expect("RSINFER_TEST_GPU is cuda:N");
-    let gpu = kernels::cuda::open(index).unwrap_or_else(|e| panic!("{name}: {e}"));
-    Device::new(CudaBackend::new(gpu, &name).expect("the kernels load"))
+    let Some(index) = mirror::asked().filter(|_| std::env::var_os("RSINFER_TEST_GPU_MIRROR").is_none())
+    else {
+        return Interpreted::mirrored(1 << 30).device().expect("the kernels load");
+    };
+    let open = || kernels::cuda::open(index).unwrap_or_else(|e| panic!("cuda:{index}: {e}"));
+    // A context with no user goes, and to make one takes long.
+    static KEPT: OnceLock<Box<dyn Gpu>> = OnceLock::new();
+    KEPT.get_or_init(open);
+    Device::new(CudaBackend::new(open(), &format!("cuda:{index}")).expect("the kernels load"))
 }

@@ -1,5 +1,5 @@
 //! Every committed PTX kernel, run by the PTX interpreter, against its scalar twin on the CPU: same bits where the twin's order of
-//! summation is the kernel's too.
+//! summation is the kernel's too. With `RSINFER_TEST_GPU=cuda:0` each launch runs on that GPU as well, and gives the interpreter's bytes.
 
 mod attention;
 mod matmul;
@@ -10,12 +10,13 @@ mod rows;
 mod store;
 
 use kernels::cuda::modules::Ptx;
-use ptx::{Machine, Module, Param, PtxError};
+use ptx::{Param, PtxError};
+use ref_tests::mirror::{Machine, Text};
 
 /// A device and one module on it.
 pub(crate) struct Gpu {
     pub(crate) machine: Machine,
-    module: Module,
+    module: Text,
 }
 
 impl Gpu {
@@ -24,7 +25,7 @@ impl Gpu {
     }
 
     pub(crate) fn of_text(text: &str) -> Result<Self, PtxError> {
-        Ok(Self { machine: Machine::new(), module: Module::parse(text)? })
+        Ok(Self { machine: Machine::new(), module: Text::new(text)? })
     }
 
     /// A new allocation that holds these bytes and not one more.
@@ -80,9 +81,9 @@ impl Gpu {
         shared: usize,
         params: &[Param],
     ) -> Result<(), PtxError> {
-        let k = self.module.kernel(kernel).unwrap_or_else(|| panic!("no kernel {kernel}"));
         self.machine.set_limit(3_000_000);
-        self.machine.launch(k, grid.map(|n| n as u32), [threads, 1, 1], 4 * shared, params).map(|_| ())
+        let grid = grid.map(|n| n as u32);
+        self.machine.launch(&self.module, kernel, grid, [threads, 1, 1], 4 * shared, params).map(|_| ())
     }
 }
 

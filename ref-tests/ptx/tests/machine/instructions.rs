@@ -66,7 +66,8 @@ fn fields_of_bits() {
     assert_eq!(op("prmt.b32", &[0x0000_80ff, 0, 0x000a]), 0xffff_ff00);
     assert_eq!(op("prmt.b32", &[0x0000_80ff, 0, 0x2298]), 0x0000_ffff);
     // a & b | c: the table is (0xf0 & 0xcc) | 0xaa.
-    assert_eq!(op("lop3.b32", &[0b1100, 0b1010, 0b0001, 0xea]), 0b1001);
+    let lop3 = "mov.u32 %r2, 12;\nmov.u32 %r3, 10;\nmov.u32 %r4, 1;\nlop3.b32 %r1, %r2, %r3, %r4, 0xea;";
+    assert_eq!(one(lop3), 0b1001);
     assert_eq!(op("shf.l.wrap.b32", &[0x8000_0000, 1, 33]), 3);
     assert_eq!(op("shf.r.wrap.b32", &[0x10, 0xabc, 4]), 0xc000_0001);
     assert_eq!(op("shf.l.clamp.b32", &[7, 1, 40]), 7);

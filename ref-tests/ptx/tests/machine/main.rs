@@ -1,42 +1,23 @@
 //! The interpreter against hand-computed cases: every instruction it supports, how threads part and meet, and every fault.
 
+mod cases;
 mod control;
 mod faults;
 mod instructions;
 mod tensor;
 
+pub(crate) use cases::{STORE, kernel, one, run};
 use ptx::{Machine, Module, Param, PtxError};
 
-/// A kernel around `body`: %r0 is the thread's index, `out` is the pointer in %rd0, memory of `words` behind it in %rd1.
-pub(crate) fn kernel(body: &str) -> String {
-    format!(
-        ".version 8.1\n.target sm_80\n.address_size 64\n\
-         .visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1)\n{{\n\
-         .reg .pred %p<8>;\n.reg .b16 %h<8>;\n.reg .b32 %r<40>;\n.reg .f32 %f<8>;\n.reg .b64 %rd<16>;\n\
-         .shared .align 16 .b8 buffer[1024];\n\
-         ld.param.u64 %rd0, [k_param_0];\nld.param.u64 %rd1, [k_param_1];\nmov.u32 %r0, %tid.x;\n\
-         {body}\n}}\n"
-    )
-}
-
-/// Stores %r1 at out[tid].
-pub(crate) const STORE: &str =
-    "mul.wide.u32 %rd15, %r0, 4;\nadd.s64 %rd15, %rd0, %rd15;\nst.global.u32 [%rd15], %r1;\nret;";
-
-/// Runs `body` with `threads` threads and the given memory; returns %r1 of every thread.
-pub(crate) fn run(body: &str, threads: u32, memory: &[u8]) -> Result<Vec<u32>, PtxError> {
-    let module = Module::parse(&kernel(&format!("{body}\n{STORE}")))?;
+/// Runs the kernel `k` of `text` in one block of `threads` threads, and returns the `out` bytes behind its first pointer; behind the
+/// second lies `memory`.
+pub(crate) fn launch(text: &str, threads: u32, out: usize, memory: &[u8]) -> Result<Vec<u8>, PtxError> {
+    let module = Module::parse(text)?;
     let mut m = Machine::new();
     m.set_limit(100_000);
-    let (out, data) = (m.alloc(4 * threads as usize), m.alloc(memory.len()));
+    let (to, data) = (m.alloc(out), m.alloc(memory.len()));
     m.write(data, memory)?;
     let k = module.kernel("k").unwrap();
-    m.launch(k, [1; 3], [threads, 1, 1], 0, &[Param::U64(out), Param::U64(data)])?;
-    let bytes = m.read(out, 4 * threads as usize)?;
-    Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect())
-}
-
-/// The same for one thread without memory.
-pub(crate) fn one(body: &str) -> u32 {
-    run(body, 1, &[]).unwrap_or_else(|e| panic!("{body}: {e}"))[0]
+    m.launch(k, [1; 3], [threads, 1, 1], 0, &[Param::U64(to), Param::U64(data)])?;
+    m.read(to, out)
 }

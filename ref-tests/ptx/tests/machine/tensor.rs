@@ -1,8 +1,7 @@
 //! `mma` and `ldmatrix` against products written out by row and column.
 
-use crate::kernel;
+use crate::{kernel, launch};
 use half::{bf16, f16};
-use ptx::{Machine, Module, Param};
 
 /// Runs a kernel whose 32 threads each load `n` words, and store 4.
 fn run(body: &str, inputs: &[Vec<[u32; 32]>]) -> Vec<[u32; 4]> {
@@ -12,20 +11,10 @@ fn run(body: &str, inputs: &[Vec<[u32; 32]>]) -> Vec<[u32; 4]> {
         load += &format!("ld.global.u32 %r{}, [%rd2+{}];\n", 10 + i, 4 * i);
     }
     let store = "mul.wide.u32 %rd3, %r0, 16;\nadd.s64 %rd3, %rd0, %rd3;\nst.global.v4.u32 [%rd3], {%r1, %r2, %r3, %r4};\nret;";
-    let module = Module::parse(&kernel(&format!("{load}{body}\n{store}"))).unwrap();
-    let mut m = Machine::new();
     let flat: Vec<&[u32; 32]> = inputs.iter().flatten().collect();
     let bytes: Vec<u8> = (0..32).flat_map(|l| flat.iter().flat_map(move |r| r[l].to_le_bytes())).collect();
-    let (out, data) = (m.alloc(512), m.alloc(bytes.len()));
-    m.write(data, &bytes).unwrap();
-    m.launch(module.kernel("k").unwrap(), [1; 3], [32, 1, 1], 0, &[Param::U64(out), Param::U64(data)])
-        .unwrap();
-    let words: Vec<u32> = m
-        .read(out, 512)
-        .unwrap()
-        .chunks_exact(4)
-        .map(|b| u32::from_le_bytes(b.try_into().unwrap()))
-        .collect();
+    let out = launch(&kernel(&format!("{load}{body}\n{store}")), 32, 512, &bytes).unwrap();
+    let words: Vec<u32> = out.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
     words.chunks_exact(4).map(|w| w.try_into().unwrap()).collect()
 }
 

@@ -1,0 +1,31 @@
+//! The interpreter's own cases of every instruction (`ref-tests/ptx/tests/machine`), on the GPU that `RSINFER_TEST_GPU=cuda:0` asks for as
+//! well: it must give the interpreter's bits. Products of floats are of small numbers, whose sums every rounding leaves alone.
+
+#[path = "../ptx/tests/machine/cases.rs"]
+mod cases;
+#[path = "../ptx/tests/machine/control.rs"]
+mod control;
+#[path = "../ptx/tests/machine/instructions.rs"]
+mod instructions;
+#[path = "../ptx/tests/machine/tensor.rs"]
+mod tensor;
+
+pub(crate) use cases::{kernel, one, run};
+use ptx::{Param, PtxError};
+use ref_tests::mirror::{Machine, Text};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// As the interpreter's own.
+pub(crate) fn launch(text: &str, threads: u32, out: usize, memory: &[u8]) -> Result<Vec<u8>, PtxError> {
+    static CASES: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("case_{}", CASES.fetch_add(1, Relaxed));
+    let module = Text::own(&name, text.to_owned())?;
+    // In which order threads come to one address is the hardware's.
+    let ordered = threads == 1 || !text.contains("atom.global");
+    let mut m = if ordered { Machine::new() } else { Machine::alone() };
+    m.set_limit(100_000);
+    let (to, data) = (m.alloc(out), m.alloc(memory.len()));
+    m.write(data, memory)?;
+    m.launch(&module, "k", [1; 3], [threads, 1, 1], 0, &[Param::U64(to), Param::U64(data)])?;
+    m.read(to, out)
+}
