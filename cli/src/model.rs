@@ -278,7 +278,7 @@ impl LoadConfig {
             pager: PagerOptions { pin: self.memory.pin_experts, ..PagerOptions::default() },
             threads: self.threads,
             progress: progress.clone(),
-            device: on.device,
+            devices: on.device.map(Into::into),
         };
         let model = match &self.source {
             Source::File(p) => Model::load(p, &options),

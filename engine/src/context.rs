@@ -5,7 +5,8 @@ use crate::EngineError;
 use crate::kv::{Arena, ArenaOptions, CacheTypes, KvPlan, KvSpec, LayerSpec, Origin, Rows, SeqId};
 use crate::model::{Network, Runner};
 use crate::session::{Model, SessionOptions};
-use kernels::{Device, Limits};
+use crate::stages::Devices;
+use kernels::Limits;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,22 +22,29 @@ pub struct Context {
     ids: Vec<u32>,
 }
 
+/// What a context takes of a device beside the cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Bytes of activations between operations.
+    pub activations: usize,
+    /// Bytes of working memory inside operations, which contexts share.
+    pub scratch: usize,
+}
+
 /// All that a context allocates on a device; on one that only counts it says how much that is.
 pub(crate) struct Memory {
     arena: Arena,
     runner: Box<dyn Runner>,
     batch: usize,
     rows: usize,
-    /// Bytes of activations.
-    pub activations: usize,
-    /// Bytes beside the cache: these, and the device's working memory.
-    pub scratch: usize,
+    /// What it takes of each device.
+    pub work: Vec<Work>,
 }
 
 impl Memory {
     pub fn new(
         net: &Arc<dyn Network>,
-        dev: &Device,
+        on: &Devices,
         o: &SessionOptions,
         sequences: usize,
     ) -> Result<Self, EngineError> {
@@ -44,16 +52,22 @@ impl Memory {
         let options = arena_options(o, &specs, sequences)?;
         let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
         let (batch, seen, (extras, mass)) = (options.chunk, options.most_seen(&specs), options.extras());
-        let arena = Arena::new(dev, &specs, types, options)?;
+        let arena = Arena::new(on, &specs, types, options)?;
         // Even with short batches, one token of every sequence fits a pass.
         let rows = batch.max(sequences);
-        let limits = Limits { mass, ..net.limits(rows, seen) };
-        dev.reserve(&limits)?;
-        let counted = dev.counting();
+        let counted = on.counting();
         let runner = net.clone().runner(&counted, rows, extras)?;
-        let activations = counted.allocated();
-        let scratch = dev.scratch_bytes(&limits) + activations;
-        Ok(Self { arena, runner, batch, rows, activations, scratch })
+        let mut work = Vec::new();
+        for (d, dev) in counted.all().iter().enumerate() {
+            let mut w = Work { activations: dev.allocated(), scratch: 0 };
+            if on.uses(d, specs.len()) {
+                let limits = Limits { mass, ..on.layout().limits(&**net, d, rows, seen) };
+                dev.reserve(&limits)?;
+                w.scratch = dev.scratch_bytes(&limits);
+            }
+            work.push(w);
+        }
+        Ok(Self { arena, runner, batch, rows, work })
     }
 }
 
@@ -63,8 +77,9 @@ impl Context {
     /// # Errors
     /// Impossible sizes or cache types, or memory that cannot be had.
     pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
-        let Memory { arena, runner, batch, rows, scratch, .. } =
-            Memory::new(model.network(), model.device(), o, sequences)?;
+        let Memory { arena, runner, batch, rows, work } =
+            Memory::new(model.network(), model.devices(), o, sequences)?;
+        let scratch = work.iter().map(|w| w.activations + w.scratch).sum();
         let (model, policy) = (model.clone(), o.kv.clone());
         Ok(Self { model, runner, arena, policy, batch, rows, scratch, ids: Vec::new() })
     }
@@ -89,7 +104,7 @@ impl Context {
         &mut self.arena
     }
 
-    /// Bytes of the buffers beside the cache: activations, and the device's working memory, which contexts share.
+    /// Bytes of the buffers beside the cache, on all devices: activations, and working memory, which contexts share.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch
     }

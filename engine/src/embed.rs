@@ -54,7 +54,7 @@ impl Embedding {
     /// # Errors
     /// As [`Embedding::new`].
     pub fn bytes(model: &Arc<Model>, tokens: usize) -> Result<u64, EngineError> {
-        let needs = of_context(model.network(), &options(tokens), 1, model.device())?;
+        let needs = of_context(model.network(), &options(tokens), 1, model.devices())?;
         Ok(needs.kv.iter().sum::<u64>() + needs.activations + needs.scratch)
     }
 

@@ -22,6 +22,7 @@ use crate::kv::{CacheTypes, KvSpec, Rows, SeqId, Watcher};
 use crate::model::{self, Network};
 use crate::pager::{Pager, PagerOptions};
 use crate::sample::{Constraint, Sampler};
+use crate::stages::Devices;
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
 use crate::usage::{MemoryReport, Usage};
 use kernels::Device;
@@ -46,15 +47,15 @@ pub struct LoadOptions {
     pub threads: usize,
     /// Is told of the bytes that loading reads, and may end it.
     pub progress: Arc<Progress>,
-    /// What computes; `None`: the CPU.
-    pub device: Option<Device>,
+    /// What computes what; `None`: the CPU.
+    pub devices: Option<Devices>,
 }
 
 impl Default for LoadOptions {
     /// Mapped, on the CPU, with one thread per core that the process may use.
     fn default() -> Self {
         Self {
-            device: None,
+            devices: None,
             mmap: true,
             lock: false,
             pager: PagerOptions::default(),
@@ -85,7 +86,7 @@ pub struct ModelInfo {
     pub tensor_bytes: u64,
     /// Bytes of weights that one decoded token reads: the experts it uses, and no embedding table unless it is tied.
     pub read_bytes_per_token: u64,
-    /// The compute device: `cpu (avx512, 2 threads)`.
+    /// The compute devices: `cpu (avx512, 2 threads)`.
     pub device: String,
 }
 
@@ -93,7 +94,7 @@ pub struct ModelInfo {
 pub struct Model {
     info: ModelInfo,
     network: Arc<dyn Network>,
-    device: Device,
+    devices: Devices,
     vocab: Vocab,
     chat: ChatTemplate,
     file: File,
@@ -121,16 +122,14 @@ impl Model {
 
     fn from_file(file: File, options: &LoadOptions) -> Result<Arc<Self>, EngineError> {
         let cpu = || Device::new(CpuBackend::new(options.threads));
-        let device = options.device.clone().unwrap_or_else(cpu);
+        let devices = options.devices.clone().unwrap_or_else(|| cpu().into());
         let mut paging = options.pager;
         if options.lock {
             file.lock(&options.progress)?;
             paging = PagerOptions { memory: Some(u64::MAX), ..PagerOptions::default() };
         }
-        // A GPU holds its own copy: nothing of the file is read again but rows of the embedding table.
-        paging.off |= !device.is_host();
-        let pager = Arc::new(Pager::new(&file, paging));
-        let network = model::load(&file, &device, pager.clone())?;
+        let pager = Arc::new(Pager::new(&file, &devices, paging));
+        let network = model::load(&file, &devices, pager.clone())?;
         let vocab = Vocab::from_metadata(file.metadata())?;
         let dims = network.dims();
         if vocab.len() != dims.n_vocab {
@@ -141,10 +140,10 @@ impl Model {
             )));
         }
         let chat = ChatTemplate::from_metadata(file.metadata(), &vocab)?;
-        let info = describe(&file, &*network, &device)?;
+        let info = describe(&file, &*network, &devices)?;
         // What was read of a file that was cut off meanwhile is not what it held.
         file.check()?;
-        Ok(Arc::new(Self { info, network, device, vocab, chat, file, pager }))
+        Ok(Arc::new(Self { info, network, devices, vocab, chat, file, pager }))
     }
 
     /// What the file says of itself.
@@ -176,8 +175,8 @@ impl Model {
         &self.network
     }
 
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
+    pub(crate) fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     /// What tells this model from others: its architecture, its tensors' names, shapes and types, and the first bytes of each.
@@ -209,7 +208,7 @@ impl Model {
     }
 }
 
-fn describe(file: &File, network: &dyn Network, device: &Device) -> Result<ModelInfo, EngineError> {
+fn describe(file: &File, network: &dyn Network, on: &Devices) -> Result<ModelInfo, EngineError> {
     let meta = file.metadata();
     let arch = meta.str("general.architecture")?.unwrap_or_default().to_owned();
     let number = |key: &str| meta.u32(&format!("{arch}.{key}"));
@@ -239,7 +238,7 @@ fn describe(file: &File, network: &dyn Network, device: &Device) -> Result<Model
         n_params,
         tensor_bytes,
         read_bytes_per_token: read,
-        device: device.name(),
+        device: on.name(dims.n_layers),
     })
 }
 

@@ -1,9 +1,10 @@
-//! Tensors of a file as weights on a device: shapes checked against the configuration, every tensor accounted for.
+//! Tensors of a file as weights on their devices: shapes checked against the configuration, every tensor accounted for.
 
 use crate::EngineError;
 use crate::gguf::{File, TensorInfo};
 use crate::pager::Pager;
-use kernels::{Device, KernelError, Vector, Weight};
+use crate::stages::Devices;
+use kernels::{KernelError, Vector, Weight};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 /// Hands out the tensors of a file by name and shape. Shapes are `[count, rows (out), cols (in)]`: GGUF's, reversed.
 pub struct Loader<'a> {
     file: &'a File,
-    device: &'a Device,
+    on: &'a Devices,
     pager: Arc<Pager>,
     taken: RefCell<HashSet<String>>,
     /// Tensors that must be in parts of the model that are not there, as they probably are.
@@ -19,9 +20,9 @@ pub struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// A loader of `file` for `device`.
-    pub fn new(file: &'a File, device: &'a Device, pager: Arc<Pager>) -> Self {
-        Self { file, device, pager, taken: RefCell::default(), guessed: RefCell::default() }
+    /// A loader of `file` for these devices.
+    pub fn new(file: &'a File, on: &'a Devices, pager: Arc<Pager>) -> Self {
+        Self { file, on, pager, taken: RefCell::default(), guessed: RefCell::default() }
     }
 
     /// What a forward pass tells where it is.
@@ -104,7 +105,7 @@ impl<'a> Loader<'a> {
 
     /// A stack of matrices `[count][rows, cols]` (experts, heads).
     pub fn stack(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Weight, EngineError> {
-        self.upload(self.load(name, count, rows, cols)?)
+        self.upload(name, self.load(name, count, rows, cols)?)
     }
 
     /// A table `[rows, cols]` of which single rows are read: it stays on the host.
@@ -112,14 +113,21 @@ impl<'a> Loader<'a> {
         self.load(name, 1, rows, cols)
     }
 
-    /// A host weight on the device.
-    pub fn upload(&self, host: Weight) -> Result<Weight, EngineError> {
-        Ok(self.device.upload(host)?)
+    /// A host weight on the device of the tensor `name`.
+    pub fn upload(&self, name: &str, host: Weight) -> Result<Weight, EngineError> {
+        Ok(match self.on.of(name) {
+            Some(device) => device.upload(host)?,
+            None => host,
+        })
     }
 
     /// A vector, widened to f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vector, EngineError> {
-        Ok(self.device.upload_vector(Vector::new(self.read(name, len)?))?)
+        let host = Vector::new(self.read(name, len)?);
+        Ok(match self.on.of(name) {
+            Some(device) => device.upload_vector(host)?,
+            None => host,
+        })
     }
 
     /// A vector's values on the host; without data ones, which every check lets through.

@@ -329,6 +329,9 @@ impl std::fmt::Debug for Device {
     }
 }
 
+/// Values that [`Device::receive`] copies at a time: a MiB.
+const STAGED: usize = 1 << 18;
+
 pub(crate) fn shape(ok: bool, op: &str, detail: impl FnOnce() -> String) -> Result<(), KernelError> {
     if ok { Ok(()) } else { Err(KernelError::Shape(format!("{op}: {}", detail()))) }
 }
@@ -436,6 +439,21 @@ impl Device {
         shape(values.len() == x.rows() * x.cols(), "read", || format!("{} values", values.len()))?;
         self.near("read", [x.place()])?;
         self.0.read(x, values)
+    }
+
+    /// Copies a window `[n, d]` of `from`'s memory here, by way of the host; waits for what `from` was asked for before.
+    pub fn receive(&self, from: &Device, x: View<'_>, mut out: ViewMut<'_>) -> Result<(), KernelError> {
+        let (n, d) = (x.rows(), x.cols());
+        shape(n == out.rows() && d == out.cols(), "receive", || format!("{n} rows of {d}"))?;
+        let step = (STAGED / d.max(1)).clamp(1, n.max(1));
+        let mut staged = vec![0.0; step * d];
+        for first in (0..n).step_by(step) {
+            let rows = first..n.min(first + step);
+            let staged = &mut staged[..rows.len() * d];
+            from.read(x.part(rows.clone()), staged)?;
+            self.write(out.part(rows), staged)?;
+        }
+        Ok(())
     }
 
     /// `out[i] = x[rows[i]]`.
@@ -595,6 +613,8 @@ impl Device {
         })?;
         self.near("route", [r.weight.place(), x.place()])?;
         r.correction.map_or(Ok(()), |c| self.near("route", [c.place()]))?;
+        // Those that another device kept.
+        routes.kept = None;
         self.0.route(r, x, routes)
     }
 

@@ -20,6 +20,17 @@ pub enum Fault {
     Lost(usize),
 }
 
+/// A call that a watcher is told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// Something was copied there.
+    Write,
+    /// Something was copied back: the host waited.
+    Read,
+    /// This kernel was launched.
+    Launch(String),
+}
+
 struct State {
     machine: Machine,
     modules: Vec<(&'static str, Arc<Text>)>,
@@ -32,6 +43,15 @@ struct State {
     launches: usize,
     waits: usize,
     capability: (u32, u32),
+    watcher: Option<Box<dyn FnMut(Call) + Send>>,
+}
+
+impl State {
+    fn tell(&mut self, call: Call) {
+        if let Some(w) = &mut self.watcher {
+            w(call);
+        }
+    }
 }
 
 /// An interpreted GPU; clones are the same one.
@@ -78,6 +98,7 @@ impl Interpreted {
             lost: false,
             launches: 0,
             waits: 0,
+            watcher: None,
             capability,
         };
         Self(Arc::new(Mutex::new(state)))
@@ -94,6 +115,11 @@ impl Interpreted {
     /// Arms a fault.
     pub fn fail(&self, fault: Fault) {
         self.state().fault = Some(fault);
+    }
+
+    /// Has `watcher` told of copies and launches from now on.
+    pub fn watch(&self, watcher: impl FnMut(Call) + Send + 'static) {
+        self.state().watcher = Some(Box::new(watcher));
     }
 
     /// Launches so far, and how often the host waited for the GPU.
@@ -170,12 +196,15 @@ impl Gpu for Interpreted {
     }
 
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError> {
-        self.call()?.machine.write(at, bytes).map_err(failed("write"))
+        let mut s = self.call()?;
+        s.tell(Call::Write);
+        s.machine.write(at, bytes).map_err(failed("write"))
     }
 
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         let mut s = self.call()?;
         s.waits += 1;
+        s.tell(Call::Read);
         bytes.copy_from_slice(&s.machine.read(at, bytes.len()).map_err(failed("read"))?);
         Ok(())
     }
@@ -206,6 +235,7 @@ impl Gpu for Interpreted {
             return Err(GpuError::Driver { call: "launch", why: "a test asked for it".into() });
         }
         let (m, entry) = s.kernels[kernel.0].clone();
+        s.tell(Call::Launch(entry.clone()));
         let module = s.modules[m].1.clone();
         let params: Vec<Param> = args
             .iter()

@@ -13,6 +13,7 @@ use super::set::{Progress, Set, SetShape};
 use super::spec::KvPlan;
 use super::step::Step;
 use crate::EngineError;
+use crate::stages::Devices;
 use kernels::{Device, KvBuf, Visible};
 use std::ops::Range;
 
@@ -29,6 +30,8 @@ pub struct SeqId {
 
 /// One layer's buffers, `[slots, width]` each.
 pub struct LayerKv {
+    /// Where they lie.
+    pub(super) device: Device,
     /// Keys, or latents.
     pub first: KvBuf,
     /// Values, or shared rotary keys.
@@ -90,7 +93,6 @@ pub type Watcher = Box<dyn FnMut(&Eviction<'_>) + Send>;
 
 /// The cache. Its memory is allocated once.
 pub struct Arena {
-    pub(super) device: Device,
     pub(super) options: ArenaOptions,
     pub(super) layers: Vec<LayerKv>,
     pub(super) groups: Vec<Group>,
@@ -121,12 +123,12 @@ fn check_blocks(s: &SetShape, layer: &LayerKv) -> Result<(), EngineError> {
 }
 
 impl Arena {
-    /// Allocates the cache of layers `specs`.
+    /// Allocates the cache of layers `specs`, each layer's on its device.
     ///
     /// # Errors
     /// Impossible sizes or types, or memory that cannot be had.
     pub(crate) fn new(
-        device: &Device,
+        on: &Devices,
         specs: &[LayerSpec],
         types: CacheTypes,
         options: ArenaOptions,
@@ -152,7 +154,8 @@ impl Arena {
             });
         }
         let mut layers = Vec::with_capacity(specs.len());
-        for (s, &group) in specs.iter().zip(&of) {
+        for (l, (s, &group)) in specs.iter().zip(&of).enumerate() {
+            let device = on.layer(l);
             let slots = slots[group] / BLOCK * BLOCK;
             let mut masses = Masses::default();
             if let Kind::Set(set) = &groups[group].kind {
@@ -166,6 +169,7 @@ impl Arena {
                 second: device.alloc_kv(types.second(s.second_kind), slots, s.second)?,
                 masses,
                 group,
+                device: device.clone(),
             };
             if let Kind::Set(set) = &groups[group].kind {
                 check_blocks(set, &layer)?;
@@ -174,7 +178,6 @@ impl Arena {
         }
         groups.iter_mut().zip(slots).for_each(|(g, n): (&mut Group, _)| g.pool = Pool::new(n / BLOCK));
         Ok(Self {
-            device: device.clone(),
             sequences: (0..options.sequences).map(|_| None).collect(),
             options,
             layers,
@@ -291,13 +294,13 @@ impl Arena {
     pub fn fork(&mut self, id: SeqId) -> Result<SeqId, EngineError> {
         self.get(id)?;
         self.room()?;
-        let Self { device, layers, groups, sequences, .. } = self;
+        let Self { layers, groups, sequences, .. } = self;
         let s = sequences[id.index as usize].as_ref().expect("checked");
         let mut held = Vec::with_capacity(groups.len());
         for (h, g) in s.held.iter().zip(groups) {
             held.push(match h {
                 Held::Ring(r) => Held::Ring(r.fork(&mut g.pool)),
-                Held::Set(old) => Held::Set(copy(device, old, g, layers)?),
+                Held::Set(old) => Held::Set(copy(old, g, layers)?),
             });
         }
         let (base, sinks, tokens, progress) = (s.base, s.sinks, s.tokens.clone(), s.progress);
@@ -457,7 +460,7 @@ impl Arena {
 }
 
 /// A set with the same entries in blocks of its own.
-fn copy(device: &Device, old: &Set, g: &mut Group, layers: &mut [LayerKv]) -> Result<Set, EngineError> {
+fn copy(old: &Set, g: &mut Group, layers: &mut [LayerKv]) -> Result<Set, EngineError> {
     let mut new = Set { blocks: Vec::new(), entries: 0, ..old.clone() };
     let mut slots = Vec::new();
     new.extend(&mut g.pool, old.entries, &mut slots);
@@ -465,7 +468,7 @@ fn copy(device: &Device, old: &Set, g: &mut Group, layers: &mut [LayerKv]) -> Re
     let from = old.slots(old.entries);
     let moves: Vec<(u32, u32)> = from.iter().copied().zip(slots.iter().copied()).collect();
     for &l in &g.layers {
-        let LayerKv { first, second, masses, .. } = &mut layers[l];
+        let LayerKv { device, first, second, masses, .. } = &mut layers[l];
         let (a, b) = (first.width(), second.width());
         device.kv_move(first, &moves, 0..a)?;
         device.kv_move(second, &moves, 0..b)?;

@@ -82,7 +82,7 @@ fn plan(kind: usize) -> KvPlan {
 fn arena(kind: usize) -> Arena {
     let options = ArenaOptions { ctx: 400, chunk: CHUNK, sequences: 3, keep: plan(kind) };
     let types = CacheTypes { k: DType::F32, v: DType::F32, k_pe: None };
-    Arena::new(&Device::new(CpuBackend::new(1)), &specs(), types, options).unwrap()
+    Arena::new(&Device::new(CpuBackend::new(1)).into(), &specs(), types, options).unwrap()
 }
 
 /// A sequence as it should be.
@@ -183,7 +183,7 @@ impl World {
         let rows: Vec<Rows<'_>> =
             which.iter().zip(&ids).map(|(&i, tokens)| Rows { seq: self.seqs[i].0, tokens, prompt }).collect();
         self.arena.begin(&rows).unwrap();
-        let device = self.arena.device.clone();
+        let device = self.arena.layers[0].device.clone();
         let values: Vec<f32> = ids.iter().flatten().flat_map(|id| [*id as f32; HEADS]).collect();
         for l in 0..2 {
             let view = View::from_host(&values, HEADS);

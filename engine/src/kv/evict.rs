@@ -106,7 +106,8 @@ fn by_head(
     Ok(out)
 }
 
-fn show(device: &Device, s: &SetShape, set: &Set, layer: &LayerKv) -> Result<Shown, EngineError> {
+fn show(s: &SetShape, set: &Set, layer: &LayerKv) -> Result<Shown, EngineError> {
+    let device = &layer.device;
     let (g, slots) = (&s.geometry, set.slots(set.entries));
     let mla = g.kind == AttentionKind::Mla;
     let mut out = Shown { positions: set.positions.concat(), ..Shown::default() };
@@ -143,7 +144,6 @@ fn show(device: &Device, s: &SetShape, set: &Set, layer: &LayerKv) -> Result<Sho
 /// # Errors
 /// The policy's; then nothing was evicted.
 pub fn evict(
-    device: &Device,
     s: &SetShape,
     set: &mut Set,
     layer: &mut LayerKv,
@@ -154,7 +154,7 @@ pub fn evict(
     if set.entries <= o.target {
         return Ok(());
     }
-    let shown = show(device, s, set, layer)?;
+    let shown = show(s, set, layer)?;
     let view = LayerView {
         geometry: &s.geometry,
         entries: set.entries,
@@ -171,7 +171,7 @@ pub fn evict(
     };
     let kept = select(&*s.policy, &view, o.target)?;
     watch(&view, &kept);
-    compact(device, s, set, layer, &kept)?;
+    compact(s, set, layer, &kept)?;
     let slots = set.slots(kept.len());
     for (buf, old) in
         [(&mut layer.masses.total, &shown.mass_total), (&mut layer.masses.recent, &shown.mass_recent)]
@@ -179,7 +179,7 @@ pub fn evict(
         if let Some(buf) = buf {
             let of = |h: usize| kept.head(h).iter().map(move |&i| old[h * view.entries + i as usize]);
             let values: Vec<f32> = (0..s.geometry.kv_heads).flat_map(of).collect();
-            write_mass(device, buf, &slots, &values)?;
+            write_mass(&layer.device, buf, &slots, &values)?;
         }
     }
     for (h, positions) in set.positions.iter_mut().enumerate() {
@@ -192,13 +192,7 @@ pub fn evict(
 }
 
 /// Moves the entries that stay to the front, heads on their own where they differ, and turns keys to their new places.
-fn compact(
-    device: &Device,
-    s: &SetShape,
-    set: &Set,
-    layer: &mut LayerKv,
-    kept: &Selection,
-) -> Result<(), EngineError> {
+fn compact(s: &SetShape, set: &Set, layer: &mut LayerKv, kept: &Selection) -> Result<(), EngineError> {
     let heads = kept.heads.max(1);
     for h in 0..heads {
         let moved = kept.head(h).iter().enumerate().filter(|(to, from)| **from as usize != *to);
@@ -209,7 +203,7 @@ fn compact(
         // In ascending order nothing is overwritten before it has moved.
         let moves: Vec<(u32, u32)> = moved.iter().map(|m| (set.slot(m.0), set.slot(m.1))).collect();
         let part = |width: usize| -> Range<usize> { h * (width / heads)..(h + 1) * (width / heads) };
-        let LayerKv { first, second, .. } = layer;
+        let LayerKv { device, first, second, .. } = layer;
         let (a, b) = (part(first.width()), part(second.width()));
         device.kv_move(first, &moves, a.clone())?;
         device.kv_move(second, &moves, b.clone())?;

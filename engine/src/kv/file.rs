@@ -116,9 +116,9 @@ impl Arena {
                 for p in &set.positions {
                     put(&p.iter().flat_map(|p| p.to_le_bytes()).collect::<Vec<u8>>())?;
                 }
-                let masses = &self.layers[group.layers[0]].masses;
+                let LayerKv { device, masses, .. } = &self.layers[group.layers[0]];
                 for mass in [&masses.total, &masses.recent].into_iter().flatten() {
-                    put(&floats(&read_mass(&self.device, mass, &slots)?))?;
+                    put(&floats(&read_mass(device, mass, &slots)?))?;
                 }
                 for (position, query) in &set.queries {
                     put(&position.to_le_bytes())?;
@@ -129,7 +129,7 @@ impl Arena {
                 for buf in [&self.layers[l].first, &self.layers[l].second] {
                     for some in slots.chunks(PIECE) {
                         let mut bytes = vec![0; some.len() * buf.row_bytes()];
-                        self.device.kv_save(buf, some, &mut bytes)?;
+                        self.layers[l].device.kv_save(buf, some, &mut bytes)?;
                         put(&bytes)?;
                     }
                 }
@@ -268,7 +268,7 @@ impl Arena {
         sets: &[SetHeader],
     ) -> Result<(), Option<EngineError>> {
         let io = |e: std::io::Error| Some(EngineError::Option(format!("cannot read the cache file: {e}")));
-        let Self { device, layers, groups, sequences, .. } = self;
+        let Self { layers, groups, sequences, .. } = self;
         let s = sequences[id.index as usize].as_mut().ok_or(Some(EngineError::NoSequence))?;
         for ((group, held), h) in groups.iter_mut().zip(&mut s.held).zip(sets) {
             match (&group.kind, &mut *held) {
@@ -287,7 +287,7 @@ impl Arena {
                             return Err(None);
                         }
                     }
-                    let masses = &mut layers[group.layers[0]].masses;
+                    let LayerKv { device, masses, .. } = &mut layers[group.layers[0]];
                     for mass in [&mut masses.total, &mut masses.recent].into_iter().flatten() {
                         let values = read_f32(file, heads * h.entries).map_err(io)?;
                         write_mass(device, mass, &slots, &values).map_err(Some)?;
@@ -302,7 +302,7 @@ impl Arena {
             }
             let slots = saved_slots(group, held, s.sinks, len);
             for &l in &group.layers {
-                let LayerKv { first, second, .. } = &mut layers[l];
+                let LayerKv { device, first, second, .. } = &mut layers[l];
                 for buf in [first, second] {
                     for some in slots.chunks(PIECE) {
                         let mut bytes = vec![0; some.len() * buf.row_bytes()];

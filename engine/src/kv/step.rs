@@ -25,6 +25,8 @@ pub struct Rows<'a> {
 /// A batch begun, and lists that are kept from one to the next.
 #[derive(Default)]
 pub(super) struct Step {
+    /// Batches begun so far.
+    pass: u64,
     begun: Vec<Begun>,
     positions: Vec<u64>,
     spans: Vec<Span>,
@@ -110,8 +112,9 @@ impl Arena {
     /// reports that had to make room.
     pub(crate) fn begin(&mut self, rows: &[Rows<'_>]) -> Result<(), EngineError> {
         self.check(rows)?;
-        let Self { device, options, layers, groups, sequences, step, watcher, .. } = self;
-        let Step { begun, positions, spans, moves } = step;
+        let Self { options, layers, groups, sequences, step, watcher, .. } = self;
+        let Step { pass, begun, positions, spans, moves } = step;
+        *pass += 1;
         begun.clear();
         positions.clear();
         for r in rows {
@@ -142,14 +145,14 @@ impl Arena {
                         }
                     }
                     (Kind::Set(_), Held::Set(_)) => {
-                        begin_set(device, options.chunk, group, layers, s, (g, r), spans, watcher)?;
+                        begin_set(options.chunk, group, layers, s, (g, r), spans, watcher)?;
                     }
                     _ => unreachable!("sequences are made from the groups"),
                 }
             }
             if !moves.is_empty() {
                 for &l in &group.layers {
-                    let LayerKv { first, second, .. } = &mut layers[l];
+                    let LayerKv { device, first, second, .. } = &mut layers[l];
                     let (a, b) = (first.width(), second.width());
                     device.kv_move(first, moves, 0..a)?;
                     device.kv_move(second, moves, 0..b)?;
@@ -166,7 +169,7 @@ impl Arena {
     /// # Errors
     /// What a policy reports. The tokens are in their sequences even so, and nothing was evicted where it failed.
     pub(crate) fn commit(&mut self) -> Result<(), EngineError> {
-        let Self { device, layers, groups, sequences, step, watcher, .. } = self;
+        let Self { layers, groups, sequences, step, watcher, .. } = self;
         let mut result = Ok(());
         for Begun { seq, tokens, prompt } in step.begun.drain(..) {
             let s = sequences[seq.index as usize].as_mut().expect("freeing a sequence forgets the batch");
@@ -188,7 +191,7 @@ impl Arena {
             if due {
                 s.progress.decoded = 0;
                 for (g, group) in groups.iter_mut().enumerate() {
-                    let done = evict_one(device, group, layers, s, (g, seq), None, watcher);
+                    let done = evict_one(group, layers, s, (g, seq), None, watcher);
                     result = result.and(done);
                 }
             }
@@ -200,6 +203,11 @@ impl Arena {
     pub(crate) fn prompts(&self) -> &[u32] {
         // The same in every group.
         self.groups.first().map_or(&[], |g| g.visible.prompts())
+    }
+
+    /// Which batch is begun, counted.
+    pub(crate) fn pass(&self) -> u64 {
+        self.step.pass
     }
 
     /// Positions of the rows begun, in layer `l`; layers with the same number have the same positions.
@@ -251,7 +259,7 @@ impl Arena {
         let Kind::Set(shape) = &self.groups[g].kind else { return Ok(()) };
         let (keep, width) = (shape.needs.queries, q.cols());
         let mut all = zeros(q.rows() * width)?;
-        self.device.read(q, &mut all)?;
+        self.layers[l].device.read(q, &mut all)?;
         let mut row = 0;
         for b in &self.step.begun {
             let s =
@@ -286,7 +294,6 @@ impl Group {
 
 /// Begins a sequence's rows in a group whose entries a policy chooses, after making room if there is none.
 fn begin_set(
-    device: &Device,
     chunk: usize,
     group: &mut Group,
     layers: &mut [LayerKv],
@@ -296,7 +303,7 @@ fn begin_set(
     watcher: &mut Option<Watcher>,
 ) -> Result<(), EngineError> {
     let (len, n) = (s.tokens.len(), r.tokens.len());
-    evict_one(device, group, layers, s, (g, r.seq), Some(n), watcher)?;
+    evict_one(group, layers, s, (g, r.seq), Some(n), watcher)?;
     let row = group.slots.len();
     let Group { kind, pool, visible, slots, positions, recent, .. } = group;
     let (Kind::Set(shape), Held::Set(set)) = (kind, &mut s.held[g]) else { return Ok(()) };
@@ -307,7 +314,7 @@ fn begin_set(
         visible.push(spans.iter().copied());
         positions.push(i as u64);
     }
-    let masses = &mut layers[group.layers[0]].masses;
+    let LayerKv { device, masses, .. } = &mut layers[group.layers[0]];
     for mass in [&mut masses.total, &mut masses.recent].into_iter().flatten() {
         Masses::clear(mass, device, &slots[row..])?;
     }
@@ -330,7 +337,6 @@ fn begin_set(
 /// Evicts from one sequence in one group: down to the budget, or (`room`) only if that many more entries do not fit, and
 /// then so far that they do.
 fn evict_one(
-    device: &Device,
     group: &mut Group,
     layers: &mut [LayerKv],
     s: &mut Sequence,
@@ -349,7 +355,7 @@ fn evict_one(
     };
     let occasion = Occasion { target, len: s.tokens.len(), prompt: s.progress.prompt_end };
     let tokens = &s.tokens;
-    evict(device, shape, set, &mut layers[of[0]], pool, occasion, |view, kept| {
+    evict(shape, set, &mut layers[of[0]], pool, occasion, |view, kept| {
         if let Some(w) = watcher {
             w(&Eviction { seq, tokens, view, kept });
         }

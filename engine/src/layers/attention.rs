@@ -146,7 +146,9 @@ impl Gqa {
     }
 
     /// Adds what it will ask of a device.
-    pub fn limits(&self, l: &mut Limits) {
+    pub fn limits(&self, s: &Shape, l: &mut Limits) {
+        l.heads = l.heads.max(s.heads);
+        l.max_heads_out = l.max_heads_out.max(s.heads * s.value);
         [&self.q, &self.k, &self.v, &self.o].into_iter().for_each(|w| l.product(&w.0));
     }
 

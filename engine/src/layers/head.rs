@@ -1,6 +1,7 @@
 //! The output head: final norm and the product with the output matrix, for the rows whose logits are wanted.
 
 use crate::EngineError;
+use crate::stages::Last;
 use crate::weights::Loader;
 use kernels::{Buf, Device, KernelError, Limits, Vector, View, Weight, Write};
 
@@ -27,7 +28,11 @@ impl Head {
     pub fn load(w: &Loader<'_>, embed: &Weight, eps: f32) -> Result<Self, EngineError> {
         let (vocab, d) = (embed.rows(), embed.cols());
         let tied = !w.has("output.weight");
-        let weight = if tied { w.upload(embed.clone())? } else { w.matrix("output.weight", vocab, d)? };
+        let weight = if tied {
+            w.upload("output.weight", embed.clone())?
+        } else {
+            w.matrix("output.weight", vocab, d)?
+        };
         Ok(Self { norm: w.vector("output_norm.weight", d)?, weight, eps })
     }
 
@@ -47,43 +52,41 @@ impl Head {
         l.product(&self.weight);
     }
 
-    /// Logits `[rows.len(), vocab]` of the given rows of the residual stream x `[n, d]`, appended to `out`.
+    /// Logits `[rows.len(), vocab]` of the given rows of the residual stream, appended to `out`.
     pub fn logits(
         &self,
-        dev: &Device,
-        x: View<'_>,
+        mut x: Last<'_>,
         rows: &[u32],
         b: &mut HeadBufs,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
         for rows in rows.chunks(b.rows.rows()) {
             let n = rows.len();
-            self.norm(dev, x, rows, b)?;
-            dev.linear(&self.weight, b.rows.view(n), b.logits.view_mut(n), Write::Set)?;
-            read(dev, b.logits.view(n), n * self.n_vocab(), out)?;
+            self.norm(&mut x, rows, b)?;
+            x.head.linear(&self.weight, b.rows.view(n), b.logits.view_mut(n), Write::Set)?;
+            read(x.head, b.logits.view(n), n * self.n_vocab(), out)?;
         }
         Ok(())
     }
 
-    /// The normed rows `[rows.len(), d]` of the residual stream x `[n, d]`, appended to `out`.
+    /// The normed rows `[rows.len(), d]` of the residual stream, appended to `out`.
     pub fn states(
         &self,
-        dev: &Device,
-        x: View<'_>,
+        mut x: Last<'_>,
         rows: &[u32],
         b: &mut HeadBufs,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
         for rows in rows.chunks(b.rows.rows()) {
-            self.norm(dev, x, rows, b)?;
-            read(dev, b.rows.view(rows.len()), rows.len() * self.weight.cols(), out)?;
+            self.norm(&mut x, rows, b)?;
+            read(x.head, b.rows.view(rows.len()), rows.len() * self.weight.cols(), out)?;
         }
         Ok(())
     }
 
-    fn norm(&self, dev: &Device, x: View<'_>, rows: &[u32], b: &mut HeadBufs) -> Result<(), EngineError> {
-        dev.gather(x, rows, b.rows.view_mut(rows.len()))?;
-        Ok(dev.rms_norm_heads(b.rows.view_mut(rows.len()), &self.norm, self.eps)?)
+    fn norm(&self, x: &mut Last<'_>, rows: &[u32], b: &mut HeadBufs) -> Result<(), EngineError> {
+        x.gather(rows, b.rows.view_mut(rows.len()))?;
+        Ok(x.head.rms_norm_heads(b.rows.view_mut(rows.len()), &self.norm, self.eps)?)
     }
 }
 

@@ -163,7 +163,10 @@ impl Mla {
     }
 
     /// Adds what it will ask of a device.
-    pub fn limits(&self, l: &mut Limits) {
+    pub fn limits(&self, s: &Shape, l: &mut Limits) {
+        l.heads = l.heads.max(s.heads);
+        l.max_heads_out = l.max_heads_out.max(s.heads * s.latent.max(s.value));
+        l.latent = l.latent.max(s.latent);
         match &self.q {
             Query::Direct(w) => l.product(w),
             Query::Compressed { a, b, .. } => [a, b].into_iter().for_each(|w| l.product(w)),

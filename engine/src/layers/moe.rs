@@ -4,10 +4,9 @@
 use super::ffn::Dense;
 use crate::EngineError;
 use crate::pager::Pager;
+use crate::stages::Far;
 use crate::weights::Loader;
-use kernels::{
-    Activation, Device, Ffn, Gating, Groups, Limits, Router, Routes, Vector, View, ViewMut, Weight, Write,
-};
+use kernels::{Activation, Buf, Device, Ffn, Gating, Groups, Limits, Router, Routes, Vector, Weight, Write};
 use std::sync::Arc;
 
 /// The routing rules of a model.
@@ -70,17 +69,9 @@ impl Moe {
         Ffn { gate: &self.gate, up: &self.up, down: &self.down, act: Activation::Silu }
     }
 
-    /// `out (=|+=)` the weighted experts' and the shared experts' outputs for h `[n, d]`.
-    pub fn forward(
-        &self,
-        dev: &Device,
-        h: View<'_>,
-        routes: &mut Routes,
-        out: ViewMut<'_>,
-        write: Write,
-    ) -> Result<(), EngineError> {
+    fn router(&self) -> Router<'_> {
         let r = &self.rules;
-        let router = Router {
+        Router {
             weight: &self.router,
             gating: r.gating,
             correction: self.correction.as_ref(),
@@ -88,11 +79,37 @@ impl Moe {
             used: r.used,
             normalize: r.normalize,
             scale: r.scale,
+        }
+    }
+
+    /// `x +=` the weighted experts' and the shared experts' outputs for h `[n, d]`, which may be overwritten. `elsewhere`: where the
+    /// routed experts are, if not on `dev`.
+    pub fn forward(
+        &self,
+        dev: &Device,
+        n: usize,
+        h: &mut Buf,
+        x: &mut Buf,
+        elsewhere: Option<Far<'_>>,
+        routes: &mut Routes,
+    ) -> Result<(), EngineError> {
+        let shared = self.shared.as_ref().map(Dense::op);
+        let Some(far) = elsewhere else {
+            dev.route(self.router(), h.view(n), routes)?;
+            self.pager.experts(self.layer, &routes.ids);
+            return Ok(dev.moe(self.experts(), routes, shared, h.view(n), x.view_mut(n), Write::Add)?);
         };
-        dev.route(router, h, routes)?;
+        // The copy waits for what `dev` has been asked for so far. The shared experts, asked for next, run while the others are
+        // computed.
+        far.dev.receive(dev, h.view(n), far.h.view_mut(n))?;
+        if let Some(shared) = shared {
+            dev.ffn(shared, h.view(n), x.view_mut(n), Write::Add)?;
+        }
+        far.dev.route(self.router(), far.h.view(n), routes)?;
         self.pager.experts(self.layer, &routes.ids);
-        dev.moe(self.experts(), routes, self.shared.as_ref().map(Dense::op), h, out, write)?;
-        Ok(())
+        far.dev.moe(self.experts(), routes, None, far.h.view(n), far.out.view_mut(n), Write::Set)?;
+        dev.receive(far.dev, far.out.view(n), h.view_mut(n))?;
+        Ok(dev.add(h.view(n), x.view_mut(n))?)
     }
 }
 
@@ -105,29 +122,34 @@ pub enum FeedForward {
 }
 
 impl FeedForward {
-    /// Adds what it will ask of a device.
+    /// Adds what it will ask of the layer's device.
     pub fn limits(&self, l: &mut Limits) {
         match self {
             Self::Dense(f) => l.ffn(f.op()),
-            Self::Moe(m) => {
-                l.experts(m.experts(), m.rules.used);
-                m.shared.iter().for_each(|f| l.ffn(f.op()));
-            }
+            Self::Moe(m) => m.shared.iter().for_each(|f| l.ffn(f.op())),
         }
     }
 
-    /// `out (=|+=) ffn(h)`.
+    /// Adds what its routed experts will ask of theirs.
+    pub fn expert_limits(&self, l: &mut Limits) {
+        if let Self::Moe(m) = self {
+            l.experts(m.experts(), m.rules.used);
+        }
+    }
+
+    /// `x += ffn(h)`, h and x `[n, d]`; see [`Moe::forward`].
     pub fn forward(
         &self,
         dev: &Device,
-        h: View<'_>,
+        n: usize,
+        h: &mut Buf,
+        x: &mut Buf,
+        elsewhere: Option<Far<'_>>,
         routes: &mut Routes,
-        out: ViewMut<'_>,
-        write: Write,
     ) -> Result<(), EngineError> {
         match self {
-            Self::Dense(f) => Ok(dev.ffn(f.op(), h, out, write)?),
-            Self::Moe(m) => m.forward(dev, h, routes, out, write),
+            Self::Dense(f) => Ok(dev.ffn(f.op(), h.view(n), x.view_mut(n), Write::Add)?),
+            Self::Moe(m) => m.forward(dev, n, h, x, elsewhere, routes),
         }
     }
 }

@@ -138,7 +138,8 @@ pub struct RopeTable {
     own: Buf,
     /// `[n, dims]`: at the positions where queries look at sinks.
     sink: Option<Buf>,
-    made: (Option<usize>, Option<usize>),
+    /// Pass and set of positions that the two were made for.
+    made: [Option<(u64, usize)>; 2],
     angles: Vec<f32>,
 }
 
@@ -156,22 +157,18 @@ impl RopeTable {
     pub fn new(dev: &Device, rope: &Rope, n: usize, sinks: bool) -> Result<Self, EngineError> {
         let own = dev.alloc(n, rope.dims())?;
         let sink = if sinks { Some(dev.alloc(n, rope.dims())?) } else { None };
-        Ok(Self { rope: rope.clone(), own, sink, made: (None, None), angles: Vec::new() })
-    }
-
-    /// A new batch begins.
-    pub fn begin(&mut self) {
-        self.made = (None, None);
+        Ok(Self { rope: rope.clone(), own, sink, made: [None; 2], angles: Vec::new() })
     }
 
     /// The rotations of the batch that the cache has begun, in layer `l`.
     pub fn at(&mut self, dev: &Device, cache: &Arena, l: usize) -> Result<Angles<'_>, EngineError> {
         let (set, positions) = cache.positions(l);
         let n = positions.len();
-        if self.made.0 != Some(set) {
+        let made = Some((cache.pass(), set));
+        if self.made[0] != made {
             self.rope.table(positions, &mut self.angles);
             dev.write(self.own.view_mut(n), &self.angles)?;
-            self.made.0 = Some(set);
+            self.made[0] = made;
         }
         let sink = match (cache.sink_positions(l), &mut self.sink) {
             (None, _) => None,
@@ -181,10 +178,11 @@ impl RopeTable {
                 ));
             }
             (Some((set, positions)), Some(sink)) => {
-                if self.made.1 != Some(set) {
+                let made = Some((cache.pass(), set));
+                if self.made[1] != made {
                     self.rope.table(positions, &mut self.angles);
                     dev.write(sink.view_mut(n), &self.angles)?;
-                    self.made.1 = Some(set);
+                    self.made[1] = made;
                 }
                 Some(sink.view(n))
             }

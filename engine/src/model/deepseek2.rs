@@ -1,7 +1,7 @@
 //! DeepSeek-V2, V2-Lite, V3, R1, V3.1 and models of their shape (Kimi-K2): multi-head latent attention and a mixture of
 //! experts after some dense layers (arXiv:2405.04434, arXiv:2412.19437).
 
-use super::{Dims, Extras, Network, Runner};
+use super::{Dims, Extras, Network, Piece, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -11,8 +11,9 @@ use crate::layers::mla::{Mla, MlaBufs, Shape};
 use crate::layers::moe::{FeedForward, Moe, Routing};
 use crate::layers::rope::{Rope, RopeTable, Scaling, yarn_mscale};
 use crate::pager::Pager;
+use crate::stages::{Devices, Stage, Stages};
 use crate::weights::Loader;
-use kernels::{Activation, Buf, Device, Gating, GroupScore, Groups, Limits, Routes, Vector, Weight, Write};
+use kernels::{Activation, Device, Gating, GroupScore, Groups, Limits, Routes, Vector, Weight};
 use std::sync::Arc;
 
 struct Layer {
@@ -24,7 +25,6 @@ struct Layer {
 
 /// Weights and configuration.
 pub struct DeepSeek2 {
-    dev: Device,
     pager: Arc<Pager>,
     attn: Shape,
     rope: Rope,
@@ -35,7 +35,7 @@ pub struct DeepSeek2 {
 
 impl DeepSeek2 {
     /// Reads configuration and weights.
-    pub fn load(h: &Hyper<'_>, w: &Loader<'_>, dev: &Device) -> Result<Self, EngineError> {
+    pub fn load(h: &Hyper<'_>, w: &Loader<'_>) -> Result<Self, EngineError> {
         let d = h.need("embedding_length")?;
         let n_layers = h.need("block_count")?;
         let dense_layers = h.opt("leading_dense_block_count")?.unwrap_or(0);
@@ -64,7 +64,7 @@ impl DeepSeek2 {
             });
         }
         let head = Head::load(w, &embed, attn.eps)?;
-        Ok(Self { dev: dev.clone(), pager: w.pager(), attn, rope, embed, layers, head })
+        Ok(Self { pager: w.pager(), attn, rope, embed, layers, head })
     }
 
     /// Head dimensions and the rotary embedding with YaRN's two conventions.
@@ -155,69 +155,64 @@ impl Network for DeepSeek2 {
         (0..n).map(|l| self.attn.cache(&self.rope, (l, n))).collect()
     }
 
-    fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let (heads, max_heads_out) =
-            (self.attn.heads, self.attn.heads * self.attn.latent.max(self.attn.value));
-        let latent = self.attn.latent;
-        let mut l = Limits { tokens, slots, heads, max_heads_out, latent, ..Limits::default() };
-        for layer in &self.layers {
-            layer.attn.limits(&mut l);
-            layer.ffn.limits(&mut l);
+    fn limits(&self, piece: Piece, l: &mut Limits) {
+        match piece {
+            Piece::Layer(i) => {
+                self.layers[i].attn.limits(&self.attn, l);
+                self.layers[i].ffn.limits(l);
+            }
+            Piece::Experts(i) => self.layers[i].ffn.expert_limits(l),
+            Piece::Head => self.head.limits(l),
         }
-        self.head.limits(&mut l);
-        l
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
-        Ok(Box::new(DeepSeek2Runner {
-            x: dev.alloc(n, self.attn.d)?,
-            h: dev.alloc(n, self.attn.d)?,
-            rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
-            attn: MlaBufs::new(dev, &self.attn, n, x)?,
-            head: self.head.bufs(dev, n)?,
-            routes: Routes::default(),
-            rows: 0,
-            m: self,
-        }))
+    fn runner(self: Arc<Self>, on: &Devices, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
+        let bufs = |dev: &Device| {
+            Ok(Bufs {
+                rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
+                attn: MlaBufs::new(dev, &self.attn, n, x)?,
+            })
+        };
+        let stages = Stages::new(on, self.layers.len(), (n, self.attn.d), bufs)?;
+        let head = self.head.bufs(on.head(), n)?;
+        Ok(Box::new(DeepSeek2Runner { stages, head, routes: Routes::default(), m: self }))
     }
+}
+
+struct Bufs {
+    rope: RopeTable,
+    attn: MlaBufs,
 }
 
 struct DeepSeek2Runner {
     m: Arc<DeepSeek2>,
-    /// `[n, d]`: the residual stream.
-    x: Buf,
-    /// `[n, d]`: a sub-layer's normed input.
-    h: Buf,
-    rope: RopeTable,
-    attn: MlaBufs,
+    stages: Stages<Bufs>,
     head: HeadBufs,
     routes: Routes,
-    rows: usize,
 }
 
 impl Runner for DeepSeek2Runner {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
-        let Self { m, x, h, rope, attn, routes, .. } = self;
-        let (dev, n) = (&m.dev.for_rows(cache.prompts()), tokens.len());
-        dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
-        rope.begin();
+        let Self { m, stages, routes, .. } = self;
+        let n = tokens.len();
+        stages.embed(&m.embed, tokens, 1.0, cache.prompts())?;
         for (i, layer) in m.layers.iter().enumerate() {
             m.pager.layer(i);
+            let Stage { dev, x, h, bufs: Bufs { rope, attn }, experts } = stages.layer(i)?;
             dev.rms_norm(x.view(n), &layer.attn_norm, m.attn.eps, h.view_mut(n))?;
             let angles = rope.at(dev, cache, i)?;
             layer.attn.forward(dev, &m.attn, attn, h.view(n), angles, cache, i, x.view_mut(n))?;
             dev.rms_norm(x.view(n), &layer.ffn_norm, m.attn.eps, h.view_mut(n))?;
-            layer.ffn.forward(dev, h.view(n), routes, x.view_mut(n), Write::Add)?;
+            layer.ffn.forward(dev, n, h, x, experts, routes)?;
         }
-        self.rows = n;
         Ok(())
     }
 
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.logits(self.stages.last(), rows, &mut self.head, out)
     }
 
     fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.states(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.states(self.stages.last(), rows, &mut self.head, out)
     }
 }

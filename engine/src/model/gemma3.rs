@@ -1,7 +1,7 @@
 //! Gemma 3, text (arXiv:2503.19786): five local layers to one global, two rotary bases, norms before and after each
 //! sub-layer, QK norm, GeGLU, scaled embedding. The norms in the file already contain their +1.
 
-use super::{Dims, Extras, Network, Runner};
+use super::{Dims, Extras, Network, Piece, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -10,6 +10,7 @@ use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
 use crate::layers::rope::{Rope, RopeTable, Scaling};
 use crate::pager::Pager;
+use crate::stages::{Devices, Stage, Stages};
 use crate::weights::Loader;
 use kernels::{Activation, Buf, Device, Limits, RopeStyle, Vector, Weight, Write};
 use std::sync::Arc;
@@ -30,7 +31,6 @@ struct Layer {
 
 /// Weights and configuration.
 pub struct Gemma3 {
-    dev: Device,
     pager: Arc<Pager>,
     attn: Shape,
     eps: f32,
@@ -44,7 +44,7 @@ pub struct Gemma3 {
 
 impl Gemma3 {
     /// Reads configuration and weights.
-    pub fn load(h: &Hyper<'_>, w: &Loader<'_>, dev: &Device) -> Result<Self, EngineError> {
+    pub fn load(h: &Hyper<'_>, w: &Loader<'_>) -> Result<Self, EngineError> {
         let d = h.need("embedding_length")?;
         let n_layers = h.need("block_count")?;
         let hidden = h.need_uniform("feed_forward_length")?;
@@ -88,8 +88,7 @@ impl Gemma3 {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        let dev = dev.clone();
-        Ok(Self { dev, pager: w.pager(), attn, eps, window, local_rope, global_rope, embed, layers, head })
+        Ok(Self { pager: w.pager(), attn, eps, window, local_rope, global_rope, embed, layers, head })
     }
 }
 
@@ -107,39 +106,33 @@ impl Network for Gemma3 {
         self.layers.iter().enumerate().map(spec).collect()
     }
 
-    fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let (heads, max_heads_out) = (self.attn.heads, self.attn.heads * self.attn.value);
-        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
-        for layer in &self.layers {
-            layer.attn.limits(&mut l);
-            l.ffn(layer.ffn.op());
+    fn limits(&self, piece: Piece, l: &mut Limits) {
+        match piece {
+            Piece::Layer(i) => {
+                self.layers[i].attn.limits(&self.attn, l);
+                l.ffn(self.layers[i].ffn.op());
+            }
+            Piece::Experts(_) => {}
+            Piece::Head => self.head.limits(l),
         }
-        self.head.limits(&mut l);
-        l
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
+    fn runner(self: Arc<Self>, on: &Devices, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
         let d = self.attn.d;
-        Ok(Box::new(Gemma3Runner {
-            x: dev.alloc(n, d)?,
-            h: dev.alloc(n, d)?,
-            y: dev.alloc(n, d)?,
-            local: RopeTable::new(dev, &self.local_rope, n, x.sinks)?,
-            global: RopeTable::new(dev, &self.global_rope, n, x.sinks)?,
-            attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
-            head: self.head.bufs(dev, n)?,
-            rows: 0,
-            m: self,
-        }))
+        let bufs = |dev: &Device| {
+            Ok(Bufs {
+                y: dev.alloc(n, d)?,
+                local: RopeTable::new(dev, &self.local_rope, n, x.sinks)?,
+                global: RopeTable::new(dev, &self.global_rope, n, x.sinks)?,
+                attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
+            })
+        };
+        let stages = Stages::new(on, self.layers.len(), (n, d), bufs)?;
+        Ok(Box::new(Gemma3Runner { stages, head: self.head.bufs(on.head(), n)?, m: self }))
     }
 }
 
-struct Gemma3Runner {
-    m: Arc<Gemma3>,
-    /// `[n, d]`: the residual stream.
-    x: Buf,
-    /// `[n, d]`: a sub-layer's normed input, then its normed output.
-    h: Buf,
+struct Bufs {
     /// `[n, d]`: a sub-layer's output.
     y: Buf,
     /// Cosines and sines of the local layers.
@@ -147,21 +140,25 @@ struct Gemma3Runner {
     /// And of the global ones.
     global: RopeTable,
     attn: GqaBufs,
+}
+
+struct Gemma3Runner {
+    m: Arc<Gemma3>,
+    stages: Stages<Bufs>,
     head: HeadBufs,
-    rows: usize,
 }
 
 impl Runner for Gemma3Runner {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
-        let Self { m, x, h, y, local, global, attn, .. } = self;
-        let (dev, n) = (&m.dev.for_rows(cache.prompts()), tokens.len());
-        dev.embed(&m.embed, tokens, (m.attn.d as f32).sqrt(), x.view_mut(n))?;
-        local.begin();
-        global.begin();
+        let Self { m, stages, .. } = self;
+        let n = tokens.len();
+        stages.embed(&m.embed, tokens, (m.attn.d as f32).sqrt(), cache.prompts())?;
         for (i, layer) in m.layers.iter().enumerate() {
             m.pager.layer(i);
+            // In h there is a sub-layer's normed input, then its normed output.
+            let Stage { dev, x, h, bufs: Bufs { y, local, global, attn }, .. } = stages.layer(i)?;
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
-            let angles = if layer.global { &mut *global } else { &mut *local }.at(dev, cache, i)?;
+            let angles = if layer.global { global } else { local }.at(dev, cache, i)?;
             layer.attn.forward(dev, &m.attn, attn, h.view(n), angles, cache, i, y.view_mut(n), Write::Set)?;
             dev.rms_norm(y.view(n), &layer.post_attn_norm, m.eps, h.view_mut(n))?;
             dev.add(h.view(n), x.view_mut(n))?;
@@ -171,15 +168,14 @@ impl Runner for Gemma3Runner {
             dev.rms_norm(y.view(n), &layer.post_ffn_norm, m.eps, h.view_mut(n))?;
             dev.add(h.view(n), x.view_mut(n))?;
         }
-        self.rows = n;
         Ok(())
     }
 
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.logits(self.stages.last(), rows, &mut self.head, out)
     }
 
     fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.states(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.states(self.stages.last(), rows, &mut self.head, out)
     }
 }

@@ -1,6 +1,6 @@
 //! Llama 1, 2 and 3.x, and Mistral (arXiv:2302.13971, arXiv:2407.21783): pre-norm, rotary GQA, SwiGLU.
 
-use super::{Dims, Extras, Network, Runner};
+use super::{Dims, Extras, Network, Piece, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -9,8 +9,9 @@ use crate::layers::ffn::Dense;
 use crate::layers::head::{Head, HeadBufs};
 use crate::layers::rope::{Rope, RopeTable};
 use crate::pager::Pager;
+use crate::stages::{Devices, Stage, Stages};
 use crate::weights::Loader;
-use kernels::{Activation, Buf, Device, Limits, RopeStyle, Vector, Weight, Write};
+use kernels::{Activation, Device, Limits, RopeStyle, Vector, Weight, Write};
 use std::sync::Arc;
 
 struct Layer {
@@ -22,7 +23,6 @@ struct Layer {
 
 /// Weights and configuration.
 pub struct Llama {
-    dev: Device,
     pager: Arc<Pager>,
     attn: Shape,
     eps: f32,
@@ -35,7 +35,7 @@ pub struct Llama {
 
 impl Llama {
     /// Reads configuration and weights.
-    pub fn load(h: &Hyper<'_>, w: &Loader<'_>, dev: &Device) -> Result<Self, EngineError> {
+    pub fn load(h: &Hyper<'_>, w: &Loader<'_>) -> Result<Self, EngineError> {
         let d = h.need("embedding_length")?;
         let n_layers = h.need("block_count")?;
         let hidden = h.need_uniform("feed_forward_length")?;
@@ -69,7 +69,7 @@ impl Llama {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        Ok(Self { dev: dev.clone(), pager: w.pager(), attn, eps, window, rope, embed, layers, head })
+        Ok(Self { pager: w.pager(), attn, eps, window, rope, embed, layers, head })
     }
 }
 
@@ -83,66 +83,62 @@ impl Network for Llama {
         (0..n).map(|l| self.attn.cache(self.window, &self.rope, (l, n))).collect()
     }
 
-    fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let (heads, max_heads_out) = (self.attn.heads, self.attn.heads * self.attn.value);
-        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
-        for layer in &self.layers {
-            layer.attn.limits(&mut l);
-            l.ffn(layer.ffn.op());
+    fn limits(&self, piece: Piece, l: &mut Limits) {
+        match piece {
+            Piece::Layer(i) => {
+                self.layers[i].attn.limits(&self.attn, l);
+                l.ffn(self.layers[i].ffn.op());
+            }
+            Piece::Experts(_) => {}
+            Piece::Head => self.head.limits(l),
         }
-        self.head.limits(&mut l);
-        l
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
-        Ok(Box::new(LlamaRunner {
-            x: dev.alloc(n, self.attn.d)?,
-            h: dev.alloc(n, self.attn.d)?,
-            rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
-            attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
-            head: self.head.bufs(dev, n)?,
-            rows: 0,
-            m: self,
-        }))
+    fn runner(self: Arc<Self>, on: &Devices, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
+        let bufs = |dev: &Device| {
+            Ok(Bufs {
+                rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
+                attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
+            })
+        };
+        let stages = Stages::new(on, self.layers.len(), (n, self.attn.d), bufs)?;
+        Ok(Box::new(LlamaRunner { stages, head: self.head.bufs(on.head(), n)?, m: self }))
     }
+}
+
+struct Bufs {
+    rope: RopeTable,
+    attn: GqaBufs,
 }
 
 struct LlamaRunner {
     m: Arc<Llama>,
-    /// `[n, d]`: the residual stream.
-    x: Buf,
-    /// `[n, d]`: a sub-layer's normed input.
-    h: Buf,
-    rope: RopeTable,
-    attn: GqaBufs,
+    stages: Stages<Bufs>,
     head: HeadBufs,
-    /// Rows of the last batch.
-    rows: usize,
 }
 
 impl Runner for LlamaRunner {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
-        let Self { m, x, h, rope, attn, .. } = self;
-        let (dev, n) = (&m.dev.for_rows(cache.prompts()), tokens.len());
-        dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
-        rope.begin();
+        let Self { m, stages, .. } = self;
+        let n = tokens.len();
+        stages.embed(&m.embed, tokens, 1.0, cache.prompts())?;
         for (i, layer) in m.layers.iter().enumerate() {
             m.pager.layer(i);
+            let Stage { dev, x, h, bufs: Bufs { rope, attn }, .. } = stages.layer(i)?;
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
             let (hv, angles, out) = (h.view(n), rope.at(dev, cache, i)?, x.view_mut(n));
             layer.attn.forward(dev, &m.attn, attn, hv, angles, cache, i, out, Write::Add)?;
             dev.rms_norm(x.view(n), &layer.ffn_norm, m.eps, h.view_mut(n))?;
             dev.ffn(layer.ffn.op(), h.view(n), x.view_mut(n), Write::Add)?;
         }
-        self.rows = n;
         Ok(())
     }
 
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.logits(self.stages.last(), rows, &mut self.head, out)
     }
 
     fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.states(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.states(self.stages.last(), rows, &mut self.head, out)
     }
 }

@@ -10,8 +10,9 @@ use crate::config::Hyper;
 use crate::gguf::{File, TensorInfo};
 use crate::kv::{Arena, LayerSpec};
 use crate::pager::{Pager, PagerOptions};
+use crate::stages::Devices;
 use crate::weights::Loader;
-use kernels::{Device, Limits};
+use kernels::Limits;
 use std::sync::Arc;
 
 /// What callers need to know of a loaded network.
@@ -23,6 +24,17 @@ pub struct Dims {
     pub d_model: usize,
     /// Entries of the vocabulary.
     pub n_vocab: usize,
+}
+
+/// What of a network runs on one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// A layer without its routed experts.
+    Layer(usize),
+    /// Its routed experts with their router.
+    Experts(usize),
+    /// The last norm and the output.
+    Head,
 }
 
 /// What a cache asks of a forward pass besides attention.
@@ -40,12 +52,12 @@ pub trait Network: Send + Sync {
     fn dims(&self) -> Dims;
     /// The cache each layer needs.
     fn cache_specs(&self) -> Vec<LayerSpec>;
-    /// What its operations will ask of a device, for batches of `tokens` rows over `slots` cache entries.
-    fn limits(&self, tokens: usize, slots: usize) -> Limits;
-    /// A runner with buffers for batches of up to `tokens` rows.
+    /// Adds what the operations of a piece will ask of their device, but for numbers of tokens and cache entries.
+    fn limits(&self, piece: Piece, l: &mut Limits);
+    /// A runner with buffers for batches of up to `tokens` rows, on the devices that its weights lie on.
     fn runner(
         self: Arc<Self>,
-        dev: &Device,
+        on: &Devices,
         tokens: usize,
         extras: Extras,
     ) -> Result<Box<dyn Runner>, EngineError>;
@@ -65,29 +77,29 @@ pub trait Runner: Send {
 ///
 /// # Errors
 /// An architecture, key, value or tensor that is not implemented is named.
-pub fn load(file: &File, dev: &Device, pager: Arc<Pager>) -> Result<Arc<dyn Network>, EngineError> {
-    Ok(load_with(file, dev, pager)?.0)
+pub fn load(file: &File, on: &Devices, pager: Arc<Pager>) -> Result<Arc<dyn Network>, EngineError> {
+    Ok(load_with(file, on, pager)?.0)
 }
 
 /// The same for files of which only headers were read, for planning; and the tensors that parts not found must hold.
-pub fn load_any(file: &File, dev: &Device) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
-    load_with(file, dev, Arc::new(Pager::new(file, PagerOptions::default())))
+pub fn load_any(file: &File, on: &Devices) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
+    load_with(file, on, Arc::new(Pager::new(file, on, PagerOptions::default())))
 }
 
 fn load_with(
     file: &File,
-    dev: &Device,
+    on: &Devices,
     pager: Arc<Pager>,
 ) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
     let meta = file.metadata();
     let arch = meta.need("general.architecture", meta.str("general.architecture"))?;
     let hyper = Hyper::new(meta, arch);
-    let weights = Loader::new(file, dev, pager);
+    let weights = Loader::new(file, on, pager);
     let network: Arc<dyn Network> = match arch {
-        "deepseek2" => Arc::new(deepseek2::DeepSeek2::load(&hyper, &weights, dev)?),
-        "gemma3" => Arc::new(gemma3::Gemma3::load(&hyper, &weights, dev)?),
-        "llama" => Arc::new(llama::Llama::load(&hyper, &weights, dev)?),
-        "qwen2" | "qwen3" | "qwen3moe" => Arc::new(qwen::Qwen::load(&hyper, &weights, dev)?),
+        "deepseek2" => Arc::new(deepseek2::DeepSeek2::load(&hyper, &weights)?),
+        "gemma3" => Arc::new(gemma3::Gemma3::load(&hyper, &weights)?),
+        "llama" => Arc::new(llama::Llama::load(&hyper, &weights)?),
+        "qwen2" | "qwen3" | "qwen3moe" => Arc::new(qwen::Qwen::load(&hyper, &weights)?),
         other => {
             return Err(EngineError::Unsupported(format!(
                 "architecture {other} (implemented: deepseek2, gemma3, llama, qwen2, qwen3, qwen3moe)"

@@ -1,6 +1,6 @@
 //! Qwen2 (arXiv:2407.10671: biases on Q, K, V), Qwen3 (arXiv:2505.09388: per-head norms instead) and Qwen3-MoE.
 
-use super::{Dims, Extras, Network, Runner};
+use super::{Dims, Extras, Network, Piece, Runner};
 use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
@@ -10,8 +10,9 @@ use crate::layers::head::{Head, HeadBufs};
 use crate::layers::moe::{FeedForward, Moe, Routing};
 use crate::layers::rope::{Rope, RopeTable};
 use crate::pager::Pager;
+use crate::stages::{Devices, Stage, Stages};
 use crate::weights::Loader;
-use kernels::{Activation, Buf, Device, Gating, Limits, RopeStyle, Routes, Vector, Weight, Write};
+use kernels::{Activation, Device, Gating, Limits, RopeStyle, Routes, Vector, Weight, Write};
 use std::sync::Arc;
 
 struct Layer {
@@ -23,7 +24,6 @@ struct Layer {
 
 /// Weights and configuration.
 pub struct Qwen {
-    dev: Device,
     pager: Arc<Pager>,
     attn: Shape,
     eps: f32,
@@ -35,7 +35,7 @@ pub struct Qwen {
 
 impl Qwen {
     /// Reads configuration and weights.
-    pub fn load(h: &Hyper<'_>, w: &Loader<'_>, dev: &Device) -> Result<Self, EngineError> {
+    pub fn load(h: &Hyper<'_>, w: &Loader<'_>) -> Result<Self, EngineError> {
         let d = h.need("embedding_length")?;
         let n_layers = h.need("block_count")?;
         let eps = h.need_f32("attention.layer_norm_rms_epsilon")?;
@@ -71,7 +71,7 @@ impl Qwen {
             });
         }
         let head = Head::load(w, &embed, eps)?;
-        Ok(Self { dev: dev.clone(), pager: w.pager(), attn, eps, rope, embed, layers, head })
+        Ok(Self { pager: w.pager(), attn, eps, rope, embed, layers, head })
     }
 
     fn routing(h: &Hyper<'_>) -> Result<Routing, EngineError> {
@@ -106,67 +106,64 @@ impl Network for Qwen {
         (0..n).map(|l| self.attn.cache(None, &self.rope, (l, n))).collect()
     }
 
-    fn limits(&self, tokens: usize, slots: usize) -> Limits {
-        let (heads, max_heads_out) = (self.attn.heads, self.attn.heads * self.attn.value);
-        let mut l = Limits { tokens, slots, heads, max_heads_out, ..Limits::default() };
-        for layer in &self.layers {
-            layer.attn.limits(&mut l);
-            layer.ffn.limits(&mut l);
+    fn limits(&self, piece: Piece, l: &mut Limits) {
+        match piece {
+            Piece::Layer(i) => {
+                self.layers[i].attn.limits(&self.attn, l);
+                self.layers[i].ffn.limits(l);
+            }
+            Piece::Experts(i) => self.layers[i].ffn.expert_limits(l),
+            Piece::Head => self.head.limits(l),
         }
-        self.head.limits(&mut l);
-        l
     }
 
-    fn runner(self: Arc<Self>, dev: &Device, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
-        Ok(Box::new(QwenRunner {
-            x: dev.alloc(n, self.attn.d)?,
-            h: dev.alloc(n, self.attn.d)?,
-            rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
-            attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
-            head: self.head.bufs(dev, n)?,
-            routes: Routes::default(),
-            rows: 0,
-            m: self,
-        }))
+    fn runner(self: Arc<Self>, on: &Devices, n: usize, x: Extras) -> Result<Box<dyn Runner>, EngineError> {
+        let bufs = |dev: &Device| {
+            Ok(Bufs {
+                rope: RopeTable::new(dev, &self.rope, n, x.sinks)?,
+                attn: GqaBufs::new(dev, &self.attn, n, x.sinks)?,
+            })
+        };
+        let stages = Stages::new(on, self.layers.len(), (n, self.attn.d), bufs)?;
+        let head = self.head.bufs(on.head(), n)?;
+        Ok(Box::new(QwenRunner { stages, head, routes: Routes::default(), m: self }))
     }
+}
+
+struct Bufs {
+    rope: RopeTable,
+    attn: GqaBufs,
 }
 
 struct QwenRunner {
     m: Arc<Qwen>,
-    /// `[n, d]`: the residual stream.
-    x: Buf,
-    /// `[n, d]`: a sub-layer's normed input.
-    h: Buf,
-    rope: RopeTable,
-    attn: GqaBufs,
+    stages: Stages<Bufs>,
     head: HeadBufs,
     routes: Routes,
-    rows: usize,
 }
 
 impl Runner for QwenRunner {
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError> {
-        let Self { m, x, h, rope, attn, routes, .. } = self;
-        let (dev, n) = (&m.dev.for_rows(cache.prompts()), tokens.len());
-        dev.embed(&m.embed, tokens, 1.0, x.view_mut(n))?;
-        rope.begin();
+        let Self { m, stages, routes, .. } = self;
+        let n = tokens.len();
+        stages.embed(&m.embed, tokens, 1.0, cache.prompts())?;
         for (i, layer) in m.layers.iter().enumerate() {
             m.pager.layer(i);
+            let Stage { dev, x, h, bufs: Bufs { rope, attn }, experts } = stages.layer(i)?;
             dev.rms_norm(x.view(n), &layer.attn_norm, m.eps, h.view_mut(n))?;
             let (hv, angles, out) = (h.view(n), rope.at(dev, cache, i)?, x.view_mut(n));
             layer.attn.forward(dev, &m.attn, attn, hv, angles, cache, i, out, Write::Add)?;
             dev.rms_norm(x.view(n), &layer.ffn_norm, m.eps, h.view_mut(n))?;
-            layer.ffn.forward(dev, h.view(n), routes, x.view_mut(n), Write::Add)?;
+            layer.ffn.forward(dev, n, h, x, experts, routes)?;
         }
-        self.rows = n;
         Ok(())
     }
 
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.logits(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.logits(self.stages.last(), rows, &mut self.head, out)
     }
 
     fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.states(&self.m.dev, self.x.view(self.rows), rows, &mut self.head, out)
+        self.m.head.states(self.stages.last(), rows, &mut self.head, out)
     }
 }

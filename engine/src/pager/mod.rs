@@ -17,6 +17,9 @@ mod state;
 pub use lru::ideal;
 
 use crate::gguf::{Access, File, Map, TensorInfo};
+use crate::plan::Part;
+use crate::stages::Devices;
+use kernels::Device;
 use readers::{Piece, Readers};
 use state::State;
 use std::ops::Range;
@@ -119,9 +122,9 @@ pub struct Pager {
 }
 
 impl Pager {
-    /// A pager of the mapped parts of `file`; without any, one that does nothing.
-    pub fn new(file: &File, options: PagerOptions) -> Self {
-        let layers = if options.off { Vec::new() } else { layers(file) };
+    /// A pager of the mapped parts of `file` that the host computes with; without any, one that does nothing.
+    pub fn new(file: &File, on: &Devices, options: PagerOptions) -> Self {
+        let layers = if options.off { Vec::new() } else { layers(file, on) };
         let mut sizes = Vec::new();
         for e in layers.iter().filter_map(|l| l.experts.as_ref()) {
             sizes.extend(std::iter::repeat_n(e.each(), e.count));
@@ -247,19 +250,19 @@ fn pieces_of(map: &Arc<Map>, range: Range<usize>) -> impl Iterator<Item = Piece>
     map.pieces(range).map(move |r| (map.clone(), r))
 }
 
-/// The file's tensors by layer, the output after the last; empty if nothing is mapped.
-fn layers(file: &File) -> Vec<Layer> {
-    let layer = |t: &TensorInfo| t.name.strip_prefix("blk.")?.split('.').next()?.parse::<usize>().ok();
+/// The file's tensors that the host computes with, by layer, the output after the last; empty if nothing is mapped.
+fn layers(file: &File, on: &Devices) -> Vec<Layer> {
+    let layer = |t: &TensorInfo| Part::layer(&t.name);
+    // A GPU holds its own copy.
+    let here = |name: &str| on.of(name).is_none_or(Device::is_host);
     // What a file calls its layers is not to be trusted with memory: there are not more of them than tensors.
     let most = file.tensors().len();
     let count = file.tensors().iter().filter_map(layer).filter(|l| *l < most).max().map_or(0, |l| l + 1);
     let mut layers: Vec<Layer> = Vec::new();
     layers.resize_with(count + 1, Layer::default);
-    let tied = file.tensor("output.weight").is_none();
-    let mut any = false;
+    let tied = file.tensor("output.weight").is_none() && here("output.weight");
     for t in file.tensors() {
-        let Some(map) = file.map(t.part) else { continue };
-        any = true;
+        let Some(map) = file.map(t.part).filter(|_| here(&t.name)) else { continue };
         let range = t.offset as usize..(t.offset + t.n_bytes) as usize;
         let at = match layer(t) {
             Some(l) if l < count => l,
@@ -289,7 +292,7 @@ fn layers(file: &File) -> Vec<Layer> {
             layers[at].dense.push((map.clone(), range));
         }
     }
-    if !any {
+    if layers.iter().all(|l| l.dense.is_empty() && l.experts.is_none()) {
         return Vec::new();
     }
     // A file that claims more has other tensors under these names, which will not load.

@@ -112,14 +112,21 @@ fn file() -> (tempfile::TempDir, File) {
     (dir, file)
 }
 
+fn host() -> Devices {
+    Device::new(kernels::cpu::CpuBackend::new(1)).into()
+}
+
 #[test]
 fn a_file_is_read_as_before_under_any_memory() {
     let (_dir, file) = file();
     let sum = |f: &File| f.tensors().iter().flat_map(|t| f.bytes(t).to_vec()).map(u64::from).sum::<u64>();
     let want = sum(&file);
     for memory in [0, 100_000, 250_000, 1 << 30] {
-        let pager =
-            Pager::new(&file, PagerOptions { pin: 100_000, memory: Some(memory), ..PagerOptions::default() });
+        let pager = Pager::new(
+            &file,
+            &host(),
+            PagerOptions { pin: 100_000, memory: Some(memory), ..PagerOptions::default() },
+        );
         pager.record(true);
         assert_eq!(pager.expert_bytes(0), 3 * 32 * 256 * 4);
         for i in 0..20u32 {
@@ -144,7 +151,7 @@ fn a_file_is_read_as_before_under_any_memory() {
 fn without_a_map_nothing_is_done() {
     let (_dir, mapped) = file();
     let file = File::open(mapped.path(), OpenMode::Read).unwrap();
-    let pager = Pager::new(&file, PagerOptions::default());
+    let pager = Pager::new(&file, &host(), PagerOptions::default());
     pager.layer(0);
     pager.experts(0, &[1]);
     assert_eq!(pager.stats(), Paging::default());

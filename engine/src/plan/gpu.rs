@@ -27,11 +27,13 @@ impl GpuNeeds {
     /// As [`crate::Model::load`], as far as headers go; options that no session accepts.
     pub fn of(file: &File, o: &PlanOptions) -> Result<Self, EngineError> {
         let (device, asked) = gpu_meter();
-        let (network, _) = model::load_any(file, &device)?;
+        let (network, _) = model::load_any(file, &device.clone().into())?;
         let weights = asked.load(Relaxed);
-        let memory = Memory::new(&network, &device, &o.session, o.parallel)?;
-        let kv = asked.load(Relaxed) - weights - memory.activations;
-        Ok(Self { weights: weights as u64, kv: kv as u64, scratch: memory.scratch as u64 })
+        let memory = Memory::new(&network, &device.into(), &o.session, o.parallel)?;
+        let work = memory.work[0];
+        let kv = asked.load(Relaxed) - weights - work.activations;
+        let scratch = work.activations + work.scratch;
+        Ok(Self { weights: weights as u64, kv: kv as u64, scratch: scratch as u64 })
     }
 
     /// All of it.

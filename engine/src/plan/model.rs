@@ -5,8 +5,9 @@ use crate::context::arena_options;
 use crate::gguf::{Array, File, Metadata, TensorInfo, Value};
 use crate::kv::{CacheTypes, LayerSpec};
 use crate::model::{self, Network};
+use crate::stages::Devices;
 use crate::{EngineError, SessionOptions};
-use kernels::{Device, Limits, meter};
+use kernels::{Limits, meter};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -57,6 +58,11 @@ impl Part {
             Self::Norms => "norms",
             Self::Output => "output",
         }
+    }
+
+    /// The layer of a tensor by its name; `None`: before or after all.
+    pub fn layer(name: &str) -> Option<usize> {
+        name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
     }
 
     /// Of a tensor by its name in GGUF files.
@@ -141,12 +147,12 @@ impl PlanModel {
     /// As [`crate::Model::load`].
     pub fn of(file: &File) -> Result<Self, EngineError> {
         let (device, _) = meter(1);
-        let (network, guessed) = model::load_any(file, &device)?;
+        let (network, guessed) = model::load_any(file, &device.into())?;
         let meta = file.metadata();
         let arch = meta.str("general.architecture")?.unwrap_or_default().to_owned();
         let fact = |t: &TensorInfo| WeightFact {
             name: t.name.clone(),
-            layer: t.name.strip_prefix("blk.").and_then(|n| n.split('.').next()).and_then(|n| n.parse().ok()),
+            layer: Part::layer(&t.name),
             part: Part::of(&t.name),
             bytes: t.n_bytes,
             copy: if t.dims.len() == 1 { t.n_elements() * 4 } else { 0 },
@@ -219,7 +225,7 @@ impl PlanModel {
             // Logits of a sequence, and candidates of a sampler that looks at all of them.
             sampling: o.parallel as u64 * vocab * (4 + 32),
             host: (self.texts + STACK * o.threads as u64).saturating_add(tokens),
-            ..of_context(&self.network, &o.session, o.parallel, &meter(o.threads).0)?
+            ..of_context(&self.network, &o.session, o.parallel, &meter(o.threads).0.into())?
         })
     }
 }
@@ -232,7 +238,7 @@ pub(crate) fn of_context(
     network: &Arc<dyn Network>,
     s: &SessionOptions,
     sequences: usize,
-    device: &Device,
+    on: &Devices,
 ) -> Result<Needs, EngineError> {
     let specs: Vec<LayerSpec> = network.cache_specs();
     let options = arena_options(s, &specs, sequences)?;
@@ -240,9 +246,10 @@ pub(crate) fn of_context(
     let kv = options.layer_bytes(&specs, types)?;
     let (rows, seen) = (options.chunk.max(sequences), options.most_seen(&specs));
     let (extras, mass) = options.extras();
-    let scratch = device.scratch_bytes(&Limits { mass, ..network.limits(rows, seen) });
+    let limits = on.layout().limits(&**network, 0, rows, seen);
+    let scratch = on.all()[0].scratch_bytes(&Limits { mass, ..limits });
     let (counting, asked) = meter(1);
-    drop(network.clone().runner(&counting, rows, extras)?);
+    drop(network.clone().runner(&counting.into(), rows, extras)?);
     Ok(Needs {
         kv: kv.into_iter().map(|b| b as u64).collect(),
         activations: asked.load(Relaxed) as u64,

@@ -9,7 +9,7 @@ use ref_tests::gpu::{Fault, Interpreted};
 
 /// Loads a tiny model, opens a session and evaluates two tokens.
 fn run(device: &Device) -> Result<(), EngineError> {
-    let options = LoadOptions { threads: 1, device: Some(device.clone()), ..Default::default() };
+    let options = LoadOptions { threads: 1, devices: Some(device.clone().into()), ..Default::default() };
     let model = Model::load(&fixture("qwen3moe").join("model.gguf"), &options)?;
     let o = SessionOptions { ctx: 8, batch: 4, ..Default::default() };
     let mut session = Session::new(&model, &o)?;

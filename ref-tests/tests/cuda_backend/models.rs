@@ -4,18 +4,18 @@
 use crate::{gpu, interpreted};
 use engine::gguf::File;
 use engine::plan::{GpuNeeds, PlanOptions};
-use engine::{Context, EngineError, LoadOptions, Model, Session, SessionOptions};
+use engine::{Context, Devices, EngineError, LoadOptions, Model, Session, SessionOptions};
 use kernels::Device;
 use quant::DType;
 use ref_tests::{compare, fixture, read_npy, read_tokens};
 use std::sync::Arc;
 
-fn load(name: &str, device: Option<&Device>) -> Arc<Model> {
-    let options = LoadOptions { threads: 1, device: device.cloned(), ..Default::default() };
+pub fn load(name: &str, devices: Option<Devices>) -> Arc<Model> {
+    let options = LoadOptions { threads: 1, devices, ..Default::default() };
     Model::load(&fixture(name).join("model.gguf"), &options).expect("the fixture loads")
 }
 
-fn eval(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
+pub fn eval(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     let mut out = Vec::new();
     let keep = |_, row: &[f32]| {
         out.extend_from_slice(row);
@@ -25,14 +25,15 @@ fn eval(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     out
 }
 
-fn options(ctx: usize, batch: usize, cache: DType) -> SessionOptions {
+pub fn options(ctx: usize, batch: usize, cache: DType) -> SessionOptions {
     SessionOptions { ctx, batch, cache_k: cache, cache_v: cache, ..Default::default() }
 }
 
 /// Logits of the first `n` tokens, in batches of `batch`.
 fn logits(name: &str, device: Option<&Device>, n: usize, batch: usize, cache: DType) -> Vec<f32> {
     let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..n];
-    let mut session = Session::new(&load(name, device), &options(n, batch, cache)).expect("a session");
+    let mut session = Session::new(&load(name, device.cloned().map(Into::into)), &options(n, batch, cache))
+        .expect("a session");
     eval(&mut session, tokens)
 }
 
@@ -70,7 +71,9 @@ fn quantised_models_are_the_cpus() {
     ] {
         let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..6];
         let run = |device: Option<&Device>| {
-            let mut session = Session::new(&load(name, device), &options(8, 1, cache)).expect("a session");
+            let mut session =
+                Session::new(&load(name, device.cloned().map(Into::into)), &options(8, 1, cache))
+                    .expect("a session");
             let rows = tokens.iter().map(|t| session.eval(&[*t]).expect("evaluation").to_vec());
             rows.collect::<Vec<_>>().concat()
         };
@@ -109,7 +112,10 @@ fn caches_that_forget_are_the_cpus() {
         let run = |device: Option<&Device>| {
             let kv = kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"));
             let o = SessionOptions { kv, ..options(64, 4, DType::F32) };
-            eval(&mut Session::new(&load(name, device), &o).expect("a session"), tokens)
+            eval(
+                &mut Session::new(&load(name, device.cloned().map(Into::into)), &o).expect("a session"),
+                tokens,
+            )
         };
         let (want, got) = (run(None), run(Some(&gpu())));
         let d = compare(&want, &got, want.len() / tokens.len());
@@ -122,7 +128,7 @@ fn caches_that_forget_are_the_cpus() {
 #[test]
 fn saved_sequences_go_on() {
     let dev = gpu();
-    let model = load("llama3", Some(&dev));
+    let model = load("llama3", Some(dev.clone().into()));
     let tokens = &read_tokens(&fixture("llama3").join("tokens.json"))[..8];
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("saved");
@@ -132,7 +138,8 @@ fn saved_sequences_go_on() {
     session.save(&path).expect("saved");
     let want = eval(&mut session, &tokens[5..]);
     for device in [Some(&dev), None] {
-        let mut other = Session::new(&load("llama3", device), &o).expect("a session");
+        let mut other =
+            Session::new(&load("llama3", device.cloned().map(Into::into)), &o).expect("a session");
         other.load(&path).expect("loaded");
         let got = eval(&mut other, &tokens[5..]);
         match device {
@@ -149,7 +156,7 @@ fn decoding_waits_for_the_logits_alone() {
         let (dev, on) = interpreted();
         let tokens = read_tokens(&fixture(name).join("tokens.json"));
         let o = options(16, 8, DType::F16);
-        let mut session = Session::new(&load(name, Some(&dev)), &o).expect("a session");
+        let mut session = Session::new(&load(name, Some(dev.clone().into())), &o).expect("a session");
         eval(&mut session, &tokens[..3]);
         let before = on.counts();
         eval(&mut session, &tokens[3..4]);
@@ -174,7 +181,7 @@ fn memory_is_what_was_planned() {
         let file = File::headers(fixture(name).join("model.gguf")).expect("headers");
         let o = PlanOptions { session, parallel: 2, ..PlanOptions::default() };
         let planned = GpuNeeds::of(&file, &o).expect("a plan");
-        let model = load(name, Some(&dev));
+        let model = load(name, Some(dev.clone().into()));
         assert_eq!(dev.held() as u64, planned.weights, "{name}: weights");
         let context = Context::new(&model, &o.session, 2).expect("a context");
         assert_eq!(dev.held() as u64, planned.total(), "{name}: all");
