@@ -270,6 +270,15 @@ pub trait Backend: Send + Sync {
     fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError>;
     fn add(&self, x: View<'_>, acc: ViewMut<'_>) -> Result<(), KernelError>;
     fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError>;
+    fn rope_both(
+        &self,
+        x: (ViewMut<'_>, RopeHeads),
+        y: (ViewMut<'_>, RopeHeads),
+        cos_sin: View<'_>,
+    ) -> Result<(), KernelError> {
+        self.rope(x.0, x.1, cos_sin)?;
+        self.rope(y.0, y.1, cos_sin)
+    }
     fn matmul(&self, prompts: &[u32], x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError>;
     fn ffn(
         &self,
@@ -291,6 +300,15 @@ pub trait Backend: Send + Sync {
         write: Write,
     ) -> Result<(), KernelError>;
     fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError>;
+    fn kv_write_both(
+        &self,
+        first: (View<'_>, &mut KvBuf),
+        second: (View<'_>, &mut KvBuf),
+        slots: &[u32],
+    ) -> Result<(), KernelError> {
+        self.kv_write(first.0, first.1, slots)?;
+        self.kv_write(second.0, second.1, slots)
+    }
     fn kv_move(&self, cache: &mut KvBuf, moves: &[(u32, u32)], cols: Range<usize>)
     -> Result<(), KernelError>;
     fn kv_read(
@@ -518,10 +536,7 @@ impl Device {
         self.0.add(x, acc)
     }
 
-    /// Rotates pairs (a, b) of each head in place to (a cos - b sin, a sin + b cos) (arXiv:2104.09864).
-    /// `cos_sin` is `[n, dims]`: row i holds dims/2 cosines, then dims/2 sines.
-    pub fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
-        let h = heads;
+    fn check_rope(&self, x: &ViewMut<'_>, h: RopeHeads, cos_sin: &View<'_>) -> Result<(), KernelError> {
         let fits = h.head_dim > 0
             && h.dims.is_multiple_of(2)
             && h.offset + h.dims <= h.head_dim
@@ -529,8 +544,27 @@ impl Device {
         shape(fits && cos_sin.cols() == h.dims && cos_sin.rows() == x.rows(), "rope", || {
             format!("{h:?}, x [{}, {}], angles [{}, {}]", x.rows(), x.cols(), cos_sin.rows(), cos_sin.cols())
         })?;
-        self.near("rope", [x.place(), cos_sin.place()])?;
+        self.near("rope", [x.place(), cos_sin.place()])
+    }
+
+    /// Rotates pairs (a, b) of each head in place to (a cos - b sin, a sin + b cos) (arXiv:2104.09864).
+    /// `cos_sin` is `[n, dims]`: row i holds dims/2 cosines, then dims/2 sines.
+    pub fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
+        self.check_rope(&x, heads, &cos_sin)?;
         self.0.rope(x, heads, cos_sin)
+    }
+
+    /// The same of queries and keys, which pair their dimensions alike, at once.
+    pub fn rope_both(
+        &self,
+        x: (ViewMut<'_>, RopeHeads),
+        y: (ViewMut<'_>, RopeHeads),
+        cos_sin: View<'_>,
+    ) -> Result<(), KernelError> {
+        self.check_rope(&x.0, x.1, &cos_sin)?;
+        self.check_rope(&y.0, y.1, &cos_sin)?;
+        shape(x.1.style == y.1.style, "rope", || format!("{:?} and {:?}", x.1, y.1))?;
+        self.0.rope_both(x, y, cos_sin)
     }
 
     /// Products that share the input x `[n, in]`; it is quantised once.
@@ -653,14 +687,30 @@ impl Device {
         self.0.moe(self.prompts(x.rows())?, experts, routes, shared, x, out, write)
     }
 
-    /// Stores row i of x `[n, width]` in slot `slots[i]`.
-    pub fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+    fn check_store(&self, x: &View<'_>, cache: &KvBuf, slots: &[u32]) -> Result<(), KernelError> {
         let inside = slots.iter().all(|&s| (s as usize) < cache.slots());
         shape(inside && slots.len() == x.rows() && x.cols() == cache.width(), "kv_write", || {
             format!("x [{}, {}], cache [{}, {}]", x.rows(), x.cols(), cache.slots(), cache.width())
         })?;
-        self.near("kv_write", [x.place(), cache.place()])?;
+        self.near("kv_write", [x.place(), cache.place()])
+    }
+
+    /// Stores row i of x `[n, width]` in slot `slots[i]`.
+    pub fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+        self.check_store(&x, cache, slots)?;
         self.0.kv_write(x, cache, slots)
+    }
+
+    /// The same of a layer's two caches at once.
+    pub fn kv_write_both(
+        &self,
+        first: (View<'_>, &mut KvBuf),
+        second: (View<'_>, &mut KvBuf),
+        slots: &[u32],
+    ) -> Result<(), KernelError> {
+        self.check_store(&first.0, first.1, slots)?;
+        self.check_store(&second.0, second.1, slots)?;
+        self.0.kv_write_both(first, second, slots)
     }
 
     fn check_visible(v: &Visible, n: usize, slots: usize, op: &str) -> Result<(), KernelError> {

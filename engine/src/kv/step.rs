@@ -236,8 +236,7 @@ impl Arena {
     ) -> Result<Stored<'_>, EngineError> {
         let layer = &mut self.layers[l];
         let group = &self.groups[layer.group];
-        device.kv_write(first, &mut layer.first, &group.slots)?;
-        device.kv_write(second, &mut layer.second, &group.slots)?;
+        device.kv_write_both((first, &mut layer.first), (second, &mut layer.second), &group.slots)?;
         Ok(Stored {
             first: &layer.first,
             second: &layer.second,

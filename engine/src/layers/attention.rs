@@ -185,8 +185,7 @@ impl Gqa {
             dev.rope(q.view_mut(n), heads, at)?;
             q_sink = Some(q.view(n));
         }
-        dev.rope(b.q.view_mut(n), heads, angles.own)?;
-        dev.rope(b.k.view_mut(n), heads, angles.own)?;
+        dev.rope_both((b.q.view_mut(n), heads), (b.k.view_mut(n), heads), angles.own)?;
         if cache.wants_queries(layer) {
             cache.record_queries(layer, b.q.view(n))?;
         }

@@ -253,14 +253,14 @@ impl Mla {
             dev.rope(q.view_mut(n), q_heads, at)?;
             q_sink = Some(q.view(n));
         }
-        dev.rope(b.q.view_mut(n), q_heads, angles.own)?;
+        let k_pe = s.latent..s.latent + s.rope;
+        let k_head = RopeHeads { head_dim: s.rope, offset: 0, dims: s.rope, style: RopeStyle::Adjacent };
+        let keys = (b.kv.part_mut(n, k_pe.clone()), k_head);
+        dev.rope_both((b.q.view_mut(n), q_heads), keys, angles.own)?;
         if let Some(absorbed) = b.absorbed.as_mut().filter(|_| cache.wants_queries(layer)) {
             self.absorb(dev, s, &b.q, absorbed, n)?;
             cache.record_queries(layer, absorbed.0.view(n))?;
         }
-        let k_pe = s.latent..s.latent + s.rope;
-        let k_head = RopeHeads { head_dim: s.rope, offset: 0, dims: s.rope, style: RopeStyle::Adjacent };
-        dev.rope(b.kv.part_mut(n, k_pe.clone()), k_head, angles.own)?;
         let stored = cache.append(dev, layer, b.c.view(n), b.kv.part(n, k_pe))?;
         let op = MlaOp {
             heads: s.heads,

@@ -199,7 +199,7 @@ impl CudaBackend {
             // Job j is head j % heads of its row.
             let each_head = |w: Matrix, x: Input, to: Floats| match sorted {
                 Some(j) => self.kernels.matmul(w, x, Some(Sorted { share: 1, ..j }), None, 0, to, false),
-                None => self.kernels.experts(w, x, ids, 1, to),
+                None => self.kernels.experts(w, x, (ids, 1), None, to),
             };
             // Queries into the coordinates of the latent.
             let absorbed = Floats::dense(s.at(Area::Absorbed), jobs, latent);

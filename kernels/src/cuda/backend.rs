@@ -6,7 +6,7 @@ use super::gpu::{Counted, Gpu, Memory};
 use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
 use super::modules;
-use super::operands::{BLOCK_BYTES, Cache, Floats, Input, Matrix, Sorted};
+use super::operands::{BLOCK_BYTES, Cache, Floats, Input, Matrix, Product, Sorted};
 use super::scratch::{Area, Scratch, Sizes, tile_bytes};
 use crate::backend::*;
 use crate::cpu::CpuBackend;
@@ -99,18 +99,23 @@ impl CudaBackend {
         let width = f.gate.rows();
         let jobs = x.float.rows * ids.map_or(1, |i| i.1);
         s.room(Area::Gate, 4 * jobs * width, 4 * jobs * width)?;
-        s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
-        let [gate, up] = [Area::Gate, Area::Up].map(|a| Floats::dense(s.at(a), jobs, width));
+        let gate = Floats::dense(s.at(Area::Gate), jobs, width);
         let (g, u) = (Matrix::of(f.gate)?, Matrix::of(f.up)?);
-        let many = sorted.is_some() || (ids.is_none() && x.float.rows > COLUMNS);
-        if many && g.dtype == u.dtype {
-            self.kernels.matmul(g, x, sorted, Some((u, f.act)), 0, gate, false)?;
+        if g.dtype == u.dtype {
+            let up = (u, f.act);
+            match (sorted, ids) {
+                (Some(_), _) => self.kernels.matmul(g, x, sorted, Some(up), 0, gate, false)?,
+                (None, Some(ids)) => self.kernels.experts(g, x, ids, Some(up), gate)?,
+                (None, None) => self.kernels.gate(g, up, x, gate)?,
+            }
         } else {
+            s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
+            let up = Floats::dense(s.at(Area::Up), jobs, width);
             for (w, to) in [(g, gate), (u, up)] {
                 match (sorted, ids) {
                     (Some(_), _) => self.kernels.matmul(w, x, sorted, None, 0, to, false)?,
-                    (None, Some((ids, used))) => self.kernels.experts(w, x, ids, used, to)?,
-                    (None, None) => self.kernels.product(w, x, 0, to, false)?,
+                    (None, Some(ids)) => self.kernels.experts(w, x, ids, None, to)?,
+                    (None, None) => self.kernels.products(&[Product::set(w, to)], x)?,
                 }
             }
             self.kernels.glu(gate, up, f.act)?;
@@ -165,6 +170,20 @@ impl CudaBackend {
             let n = slots[at..].iter().zip(first..).take_while(|(s, i)| **s == *i).count();
             at += n;
             Some((u64::from(first), at - n, n))
+        })
+    }
+
+    fn store(&self, stores: &[(Floats, Cache)], slots: &[u32]) -> Result<(), KernelError> {
+        let ids = self.scratch().send(&[Area::Slots, Area::OtherSlots], slots)?;
+        let mut sorted = slots.to_vec();
+        sorted.sort_unstable();
+        if sorted.windows(2).all(|w| w[0] != w[1]) {
+            return self.kernels.cache_write(stores, ids);
+        }
+        // Rows for one slot: the last stays.
+        (0..slots.len()).try_for_each(|i| {
+            let row: Vec<_> = stores.iter().map(|(x, c)| (x.part(i..i + 1), *c)).collect();
+            self.kernels.cache_write(&row, ids + 4 * i as u64)
         })
     }
 
@@ -320,10 +339,25 @@ impl Backend for CudaBackend {
     }
 
     fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
-        self.kernels.rope(Floats::of_mut(&x)?, heads, Floats::of(&cos_sin)?)
+        self.kernels.rope(&[(Floats::of_mut(&x)?, heads)], Floats::of(&cos_sin)?)
     }
 
-    fn matmul(&self, _: &[u32], x: View<'_>, products: &mut [Product<'_>]) -> Result<(), KernelError> {
+    fn rope_both(
+        &self,
+        (x, x_heads): (ViewMut<'_>, RopeHeads),
+        (y, y_heads): (ViewMut<'_>, RopeHeads),
+        cos_sin: View<'_>,
+    ) -> Result<(), KernelError> {
+        let both = [(Floats::of_mut(&x)?, x_heads), (Floats::of_mut(&y)?, y_heads)];
+        self.kernels.rope(&both, Floats::of(&cos_sin)?)
+    }
+
+    fn matmul(
+        &self,
+        _: &[u32],
+        x: View<'_>,
+        products: &mut [crate::backend::Product<'_>],
+    ) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
         let x = Floats::of(&x)?;
         let weights: Vec<&Weight> = products.iter().map(|p| p.weight).collect();
@@ -333,10 +367,11 @@ impl Backend for CudaBackend {
         for first in (0..x.rows).step_by(n) {
             let rows = first..x.rows.min(first + n);
             let input = self.input(s, Area::Input, x.part(rows.clone()), &weights)?;
-            for p in products.iter() {
-                let (bias, out) = (vector(p.bias)?, Floats::of_mut(&p.out)?.part(rows.clone()));
-                self.kernels.product(Matrix::of(p.weight)?, input, bias, out, p.write == Write::Add)?;
-            }
+            let each = products.iter().map(|p| {
+                let (w, out) = (Matrix::of(p.weight)?, Floats::of_mut(&p.out)?.part(rows.clone()));
+                Ok(Product { w, bias: vector(p.bias)?, out, add: p.write == Write::Add })
+            });
+            self.kernels.products(&each.collect::<Result<Vec<_>, KernelError>>()?, input)?;
         }
         Ok(())
     }
@@ -356,8 +391,8 @@ impl Backend for CudaBackend {
             let rows = first..x.rows.min(first + n);
             let input = self.input(s, Area::Input, x.part(rows.clone()), &[f.gate, f.up])?;
             let hidden = self.hidden(s, &f, input, None, None)?;
-            let out = out.part(rows);
-            self.kernels.product(Matrix::of(f.down)?, hidden, 0, out, write == Write::Add)?;
+            let (w, out) = (Matrix::of(f.down)?, out.part(rows));
+            self.kernels.products(&[Product { w, bias: 0, out, add: write == Write::Add }], hidden)?;
         }
         Ok(())
     }
@@ -381,7 +416,7 @@ impl Backend for CudaBackend {
                 self.kernels.router_logits(w, x, logits.at)?;
             } else {
                 let input = self.input(s, Area::Input, x, &[r.weight])?;
-                self.kernels.product(w, input, 0, logits, false)?;
+                self.kernels.products(&[Product::set(w, logits)], input)?;
             }
             let skip = 4 * (first * r.used) as u64;
             let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
@@ -437,7 +472,7 @@ impl Backend for CudaBackend {
                 let hidden = self.hidden(s, f, input, None, None)?;
                 beside = s.at(Area::Shared);
                 let to = Floats::dense(beside, rows.len(), out.cols);
-                self.kernels.product(Matrix::of(f.down)?, hidden, 0, to, false)?;
+                self.kernels.products(&[Product::set(Matrix::of(f.down)?, to)], hidden)?;
             }
             let skip = 4 * (first * used) as u64;
             let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
@@ -449,7 +484,7 @@ impl Backend for CudaBackend {
                 Some(j) => {
                     self.kernels.matmul(down, hidden, Some(Sorted { share: 1, ..j }), None, 0, each, false)?
                 }
-                None => self.kernels.experts(down, hidden, ids, 1, each)?,
+                None => self.kernels.experts(down, hidden, (ids, 1), None, each)?,
             }
             let add = write == Write::Add;
             self.kernels.mix_experts(each, weights, used, beside, out.part(rows), add)?;
@@ -458,16 +493,17 @@ impl Backend for CudaBackend {
     }
 
     fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
-        let s = &mut *self.scratch();
-        let (x, c) = (Floats::of(&x)?, cache_of(cache)?);
-        let ids = s.send(&[Area::Slots, Area::OtherSlots], slots)?;
-        let mut sorted = slots.to_vec();
-        sorted.sort_unstable();
-        if sorted.windows(2).all(|w| w[0] != w[1]) {
-            return self.kernels.cache_write(x, c, ids);
-        }
-        // Rows for one slot: the last stays.
-        (0..x.rows).try_for_each(|i| self.kernels.cache_write(x.part(i..i + 1), c, ids + 4 * i as u64))
+        self.store(&[(Floats::of(&x)?, cache_of(cache)?)], slots)
+    }
+
+    fn kv_write_both(
+        &self,
+        (x, first): (View<'_>, &mut KvBuf),
+        (y, second): (View<'_>, &mut KvBuf),
+        slots: &[u32],
+    ) -> Result<(), KernelError> {
+        let both = [(Floats::of(&x)?, cache_of(first)?), (Floats::of(&y)?, cache_of(second)?)];
+        self.store(&both, slots)
     }
 
     fn kv_move(

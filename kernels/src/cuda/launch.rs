@@ -5,7 +5,7 @@ use super::gpu::{Arg, Counted, GpuError, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
 use super::operands::{
-    Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Rounded, SPLIT, Sorted, Tiles,
+    Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Product, Rounded, SPLIT, Sorted, Tiles,
 };
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
@@ -42,6 +42,11 @@ fn flag(x: bool) -> Arg {
 
 fn refuse<T>(what: String) -> Result<T, KernelError> {
     Err(KernelError::Shape(format!("cuda: {what}")))
+}
+
+/// The entry for so many columns.
+fn for_columns(entries: [&'static str; 4], x: Input, jobs: Option<(u64, usize)>) -> &'static str {
+    entries[jobs.map_or(x.float.rows, |_| 1).next_power_of_two().ilog2() as usize]
 }
 
 // What every kernel of attention is told, in the order of their parameters.
@@ -189,25 +194,25 @@ impl Launcher {
         })
     }
 
-    /// Rotates in place.
-    pub fn rope(&self, x: Floats, h: RopeHeads, cos_sin: Floats) -> Result<(), KernelError> {
+    /// Rotates in place heads of one pairing and as many dimensions, of one buffer or two, by the same angles.
+    pub fn rope(&self, turned: &[(Floats, RopeHeads)], cos_sin: Floats) -> Result<(), KernelError> {
         let m = self.base("rows")?;
-        let (heads, half) = (x.cols / h.head_dim, h.dims / 2);
-        Self::rows(x.rows, |r| {
-            let (x, cs) = (x.part(r.clone()), cos_sin.part(r));
-            let halves = flag(h.style == RopeStyle::Halves);
-            let args = [
-                p(x.at),
-                n(x.stride)?,
-                n(heads)?,
-                n(h.head_dim)?,
-                n(h.offset)?,
-                n(half)?,
-                halves,
-                p(cs.at),
-                n(cs.stride)?,
-            ];
-            self.run(m, "rope", [(heads * half).div_ceil(128), x.rows, 1], 128, 0, &args)
+        let Some((&(first, h), rest)) = turned.split_first() else { return Ok(()) };
+        let half = h.dims / 2;
+        let heads = |x: Floats, h: RopeHeads, r: Range<usize>| {
+            let count = x.cols / h.head_dim;
+            let args = [p(x.part(r).at), n(x.stride)?, n(count)?, n(h.head_dim)?, n(h.offset)?];
+            Ok::<_, KernelError>((count, args))
+        };
+        Self::rows(first.rows, |r| {
+            let (count, x) = heads(first, h, r.clone())?;
+            let (more, y) = match rest.first() {
+                Some(&(y, h)) => heads(y, h, r.clone())?,
+                None => (0, [p(0), n(0)?, n(0)?, n(0)?, n(0)?]),
+            };
+            let (cs, halves) = (cos_sin.part(r.clone()), flag(h.style == RopeStyle::Halves));
+            let args = [&x[..], &y, &[n(half)?, halves, p(cs.at), n(cs.stride)?]].concat();
+            self.run(m, "rope", [((count + more) * half).div_ceil(128), r.len(), 1], 128, 0, &args)
         })
     }
 
@@ -285,34 +290,110 @@ impl Launcher {
         Ok((rounded.at, rounded.stride))
     }
 
-    /// `out[c] (=|+=) W x[c] (+ bias)` for each row c of x, on tensor cores where there are many; `bias` 0: none.
-    pub fn product(&self, w: Matrix, x: Input, bias: u64, out: Floats, add: bool) -> Result<(), KernelError> {
-        let entry = match out.rows {
-            0 => return Ok(()),
-            1 => "matvec_1",
-            2 => "matvec_2",
-            3 | 4 => "matvec_4",
-            5..=COLUMNS => "matvec_8",
-            _ => return self.matmul(w, x, None, None, bias, out, add),
-        };
+    /// Products that share an input, on tensor cores where there are many columns.
+    pub fn products(&self, products: &[Product], x: Input) -> Result<(), KernelError> {
+        match x.float.rows {
+            0 => Ok(()),
+            1..=COLUMNS => {
+                // Up to three of one format in a launch.
+                let mut left = products.to_vec();
+                while let Some(first) = left.first() {
+                    let dtype = first.w.dtype;
+                    let (mut some, others): (Vec<_>, Vec<_>) = left.iter().partition(|p| p.w.dtype == dtype);
+                    let rest = some.split_off(some.len().min(3));
+                    self.few(&some, x, None)?;
+                    left = [rest, others].concat();
+                }
+                Ok(())
+            }
+            _ => products.iter().try_for_each(|p| self.matmul(p.w, x, None, None, p.bias, p.out, p.add)),
+        }
+    }
+
+    /// `out[c] = act(W x[c]) * (up x[c])`; W and `up` are of one format.
+    pub fn gate(
+        &self,
+        w: Matrix,
+        up: (Matrix, Activation),
+        x: Input,
+        out: Floats,
+    ) -> Result<(), KernelError> {
+        match out.rows {
+            0 => Ok(()),
+            1..=COLUMNS => self.few_gated(w, up, x, None, out),
+            _ => self.matmul(w, x, None, Some(up), 0, out, false),
+        }
+    }
+
+    /// Row j of out = matrix `ids[j]` of the stack times row `j / share` of x; with `up` as in [`Launcher::gate`].
+    pub fn experts(
+        &self,
+        w: Matrix,
+        x: Input,
+        (ids, share): (u64, usize),
+        up: Option<(Matrix, Activation)>,
+        out: Floats,
+    ) -> Result<(), KernelError> {
+        let most = MAX_YZ / share * share;
+        for first in (0..out.rows).step_by(most) {
+            let rows = first..out.rows.min(first + most);
+            let x = x.part(first / share..rows.end.div_ceil(share));
+            let (jobs, out) = (Some((ids + 4 * first as u64, share)), out.part(rows));
+            match up {
+                Some(up) => self.few_gated(w, up, x, jobs, out)?,
+                None => self.few(&[Product::set(w, out)], x, jobs)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// One launch for up to three products of one format, of at most [`COLUMNS`] columns, or one each for jobs by expert.
+    fn few(&self, products: &[Product], x: Input, jobs: Option<(u64, usize)>) -> Result<(), KernelError> {
+        let w = products[0].w;
+        let mut args = Vec::with_capacity(26);
+        for i in 0..3 {
+            args.extend(match products.get(i) {
+                Some(m) => [p(m.w.at), n(m.w.rows)?, p(m.bias), p(m.out.at), n(m.out.stride)?, flag(m.add)],
+                None => [p(0), n(0)?, p(0), p(0), n(0)?, flag(false)],
+            });
+        }
+        args.extend(self.few_inputs(w, x, jobs)?);
+        let entry = for_columns(["matvec_1", "matvec_2", "matvec_4", "matvec_8"], x, jobs);
+        let blocks = products.iter().map(|p| p.w.rows.div_ceil(4)).sum();
+        let grid = [blocks, jobs.map_or(1, |_| products[0].out.rows), 1];
+        self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
+    }
+
+    fn few_gated(
+        &self,
+        w: Matrix,
+        (up, act): (Matrix, Activation),
+        x: Input,
+        jobs: Option<(u64, usize)>,
+        out: Floats,
+    ) -> Result<(), KernelError> {
+        let act = flag(act == Activation::GeluTanh);
+        let made = [p(w.at), p(up.at), n(w.rows)?, act, p(out.at), n(out.stride)?];
+        let args = [&made[..], &self.few_inputs(w, x, jobs)?].concat();
+        let entry = for_columns(["gate_1", "gate_2", "gate_4", "gate_8"], x, jobs);
+        let grid = [w.rows.div_ceil(4), jobs.map_or(1, |_| out.rows), 1];
+        self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
+    }
+
+    /// What kernels for few columns are told of rows of weights, x and jobs.
+    fn few_inputs(&self, w: Matrix, x: Input, jobs: Option<(u64, usize)>) -> Result<[Arg; 8], KernelError> {
         let (at, stride) = self.input(&w, &x)?;
-        let args = [
-            p(w.at),
+        let (ids, share) = jobs.unwrap_or((0, 1));
+        Ok([
             p(w.row_bytes() as u64),
-            p(0),
-            n(w.rows)?,
+            p((w.row_bytes() * w.matrix_rows) as u64),
             n(layout::blocks(w.dtype, w.cols))?,
             p(at),
             n(stride)?,
-            n(out.rows)?,
-            p(0),
-            n(1)?,
-            p(bias),
-            p(out.at),
-            n(out.stride)?,
-            flag(add),
-        ];
-        self.run(modules::of_format(w.dtype), entry, [w.rows.div_ceil(4), 1, 1], 128, 0, &args)
+            n(jobs.map_or(x.float.rows, |_| 1))?,
+            p(ids),
+            n(share)?,
+        ])
     }
 
     /// The text of a product with many columns for this GPU.
@@ -418,42 +499,6 @@ impl Launcher {
         ]
         .concat();
         self.run(m, "prompt_mla", [t.count, a.heads.div_ceil(t.heads), 1], 256, 0, &args)
-    }
-
-    /// Row j of out = matrix `ids[j]` of the stack times row `j / share` of x.
-    pub fn experts(
-        &self,
-        w: Matrix,
-        x: Input,
-        ids: u64,
-        share: usize,
-        out: Floats,
-    ) -> Result<(), KernelError> {
-        let m = modules::of_format(w.dtype);
-        let most = MAX_YZ / share * share;
-        for first in (0..out.rows).step_by(most) {
-            let jobs = first..out.rows.min(first + most);
-            let to = out.part(jobs.clone());
-            let (at, stride) = self.input(&w, &x.part(first / share..jobs.end.div_ceil(share)))?;
-            let args = [
-                p(w.at),
-                p(w.row_bytes() as u64),
-                p((w.row_bytes() * w.matrix_rows) as u64),
-                n(w.rows)?,
-                n(layout::blocks(w.dtype, w.cols))?,
-                p(at),
-                n(stride)?,
-                n(1)?,
-                p(ids + 4 * first as u64),
-                n(share)?,
-                p(0),
-                p(to.at),
-                n(to.stride)?,
-                flag(false),
-            ];
-            self.run(m, "matvec_1", [w.rows.div_ceil(4), to.rows, 1], 128, 0, &args)?;
-        }
-        Ok(())
     }
 
     /// `out[r][h] = sum_i x[r][h * step + i] w[h * head_rows + i]` over the first `len` rows of each head; out `[rows, heads, cols]`.
@@ -653,22 +698,33 @@ impl Launcher {
         modules::of_pair(kind, a, b).map_or_else(none, Ok)
     }
 
-    /// Stores row i of x in slot `slots[i]`; slots differ.
-    pub fn cache_write(&self, x: Floats, cache: Cache, slots: u64) -> Result<(), KernelError> {
+    /// Stores row i of each x in slot `slots[i]` of its cache; slots differ. One launch where both caches are of one type.
+    pub fn cache_write(&self, stores: &[(Floats, Cache)], slots: u64) -> Result<(), KernelError> {
+        if let [one @ (_, a), two @ (_, b)] = stores
+            && a.dtype != b.dtype
+        {
+            return [one, two].into_iter().try_for_each(|s| self.cache_write(std::slice::from_ref(s), slots));
+        }
+        let Some(((x, cache), rest)) = stores.split_first() else { return Ok(()) };
+        let (y, other) = rest.first().unwrap_or(&stores[0]);
         let m = self.of("store", cache.dtype)?;
         Self::rows(x.rows, |r| {
-            let (x, slots) = (x.part(r.clone()), slots + 4 * r.start as u64);
+            let (x, y) = (x.part(r.clone()), y.part(r.clone()));
             let args = [
                 p(x.at),
                 n(x.stride)?,
                 n(x.cols)?,
                 p(cache.at),
                 p(cache.row_bytes() as u64),
-                n(cache.width)?,
-                n(0)?,
-                p(slots),
+                p(y.at),
+                n(y.stride)?,
+                n(y.cols)?,
+                p(other.at),
+                p(other.row_bytes() as u64),
+                p(slots + 4 * r.start as u64),
             ];
-            self.run(m, "cache_write", [x.cols.div_ceil(256), x.rows, 1], 256, 0, &args)
+            let grid = [x.cols.max(y.cols).div_ceil(256), x.rows, stores.len()];
+            self.run(m, "cache_write", grid, 256, 0, &args)
         })
     }
 

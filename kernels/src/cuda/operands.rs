@@ -100,6 +100,22 @@ impl Matrix {
     }
 }
 
+/// One product of an input: `out (=|+=) W x (+ bias)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    pub w: Matrix,
+    /// 0: none.
+    pub bias: u64,
+    pub out: Floats,
+    pub add: bool,
+}
+
+impl Product {
+    pub fn set(w: Matrix, out: Floats) -> Self {
+        Self { w, bias: 0, out, add: false }
+    }
+}
+
 /// A cache in device memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Cache {

@@ -231,7 +231,10 @@ fn shared_experts_are_launched_before_the_hosts_begin() {
     assert_eq!(reads.len() as u64, layers + 1, "one for each layer and one for the logits: {events:?}");
     for (k, &read) in reads[..layers as usize].iter().enumerate() {
         let shared = read
-            + events[read..].iter().position(|e| e.0 == Call::Launch("glu".into())).expect("shared experts");
+            + events[read..]
+                .iter()
+                .position(|e| e.0 == Call::Launch("gate_1".into()))
+                .expect("shared experts");
         let result =
             read + events[read..].iter().position(|e| e.0 == Call::Write).expect("what the host computed");
         assert!(shared < result, "layer {k}: {events:?}");

@@ -210,7 +210,7 @@ fn experts_take_their_rows_in_one_launch() {
 }
 
 /// What the scalar kernel makes of gate and up, and the kernel of the plain layer of both.
-fn gated(
+pub(crate) fn gated(
     ids: &[u32],
     matrices: [Vec<u8>; 2],
     dtype: DType,

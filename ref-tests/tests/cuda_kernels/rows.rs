@@ -73,34 +73,39 @@ fn rope_turns_both_kinds_of_pairs() {
         {
             let mut rng = Rng(half as u64);
             let rows = 2;
-            let x = fill(&mut rng, rows * heads * head_dim);
+            // Queries, and one key of other dimensions.
+            let sides = [(heads, head_dim, offset), (1, 2 * half + 2, 1)];
+            let x = sides.map(|(heads, head_dim, _)| fill(&mut rng, rows * heads * head_dim));
             let cs = fill(&mut rng, rows * 2 * half);
-            let mut g = gpu();
-            let (dx, dcs) = (g.floats(&x), g.floats(&cs));
-            let params = [
-                p(dx),
-                n(heads * head_dim),
-                n(heads),
-                n(head_dim),
-                n(offset),
-                n(half),
-                n(usize::from(halves)),
-                p(dcs),
-                n(2 * half),
-            ];
-            g.run("rope", [(heads * half).div_ceil(128), rows], 128, &params);
-            let mut want = x;
-            for (row, cs) in want.chunks_exact_mut(heads * head_dim).zip(cs.chunks_exact(2 * half)) {
-                for head in row.chunks_exact_mut(head_dim) {
-                    for i in 0..half {
-                        let (a, b) = if halves { (i, i + half) } else { (2 * i, 2 * i + 1) };
-                        let (u, v) = (head[offset + a], head[offset + b]);
-                        head[offset + a] = u * cs[i] - v * cs[half + i];
-                        head[offset + b] = u * cs[half + i] + v * cs[i];
+            for both in [false, true] {
+                let mut g = gpu();
+                let (dx, dcs) = (x.each_ref().map(|x| g.floats(x)), g.floats(&cs));
+                let mut params = Vec::new();
+                for (i, (heads, head_dim, offset)) in sides.into_iter().enumerate() {
+                    let heads = if i == 1 && !both { 0 } else { heads };
+                    params.extend([p(dx[i]), n(heads * head_dim), n(heads), n(head_dim), n(offset)]);
+                }
+                params.extend([n(half), n(usize::from(halves)), p(dcs), n(2 * half)]);
+                let all = heads + usize::from(both);
+                g.run("rope", [(all * half).div_ceil(128), rows], 128, &params);
+                for (i, (heads, head_dim, offset)) in sides.into_iter().enumerate() {
+                    let mut want = x[i].clone();
+                    let turned = i == 0 || both;
+                    let rows = want.chunks_exact_mut(heads * head_dim).zip(cs.chunks_exact(2 * half));
+                    for (row, cs) in rows.filter(|_| turned) {
+                        for head in row.chunks_exact_mut(head_dim) {
+                            for i in 0..half {
+                                let (a, b) = if halves { (i, i + half) } else { (2 * i, 2 * i + 1) };
+                                let (u, v) = (head[offset + a], head[offset + b]);
+                                head[offset + a] = u * cs[i] - v * cs[half + i];
+                                head[offset + b] = u * cs[half + i] + v * cs[i];
+                            }
+                        }
                     }
+                    let what = || format!("rope, {heads} heads of {head_dim}, both: {both}");
+                    assert_bits(&g.read(dx[i], want.len()), &want, what);
                 }
             }
-            assert_bits(&g.read(dx, want.len()), &want, || format!("rope, {heads} heads of {head_dim}"));
         }
     }
 }

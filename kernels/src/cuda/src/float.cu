@@ -4,49 +4,35 @@
 // the CPU's bits. Consecutive lanes load consecutive elements, so that loads are whole sectors at any alignment of a row.
 #include "floats.cuh"
 
-#define ROWS 4 // output features (warps) of a block
+typedef float X;
 
-template <class F, int C>
-__device__ __forceinline__ void matvec(
-    const u8* bytes, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 len, const float* x, u32 x_stride, u32 n, const u32* ids,
-    u32 share, const float* bias, float* out, u32 out_stride, u32 add) {
-    const u32 lane = threadIdx.x % WARP, row = blockIdx.x * ROWS + threadIdx.x / WARP, job = blockIdx.y;
-    if (row >= rows) return;
-    if (ids) bytes += matrix_bytes * ids[job];
-    const typename F::T* w = (const typename F::T*)(bytes + row_bytes * row);
-    x += (u64)(job / share) * x_stride;
-    out += (u64)job * out_stride;
-    float acc[C];
+// Rows of R matrices of one shape (gate and up), which share x: sums[r][c] in every lane.
+template <class F, int C, int R>
+__device__ __forceinline__ void dot_rows(const u8* const (&w)[R], u32 len, const X* x, u32 x_stride, u32 n, float (&sums)[R][C]) {
 #pragma unroll
-    for (int c = 0; c < C; c++) acc[c] = 0.0f;
-#pragma unroll 4
-    for (u32 i = lane; i < len; i += WARP) {
-        float v = F::get(__ldg(w + i));
+    for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int c = 0; c < C; c++) acc[c] = fmaf(v, x[(u64)(c < n ? c : n - 1) * x_stride + i], acc[c]);
-    }
+        for (int c = 0; c < C; c++) sums[r][c] = 0.0f;
+    // Eight loads under way for each lane.
+#pragma unroll 8
+    for (u32 i = threadIdx.x % WARP; i < len; i += WARP) {
+        float v[R];
 #pragma unroll
-    for (int c = 0; c < C; c++) {
-        float y = sum_lanes<32>(acc[c]);
-        if (lane == 0 && c < n) {
-            float* o = out + (u64)c * out_stride + row;
-            if (bias) y += bias[row];
-            *o = add ? *o + y : y;
+        for (int r = 0; r < R; r++) v[r] = F::get(__ldg((const typename F::T*)w[r] + i));
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            const float y = x[(u64)(c < n ? c : n - 1) * x_stride + i];
+#pragma unroll
+            for (int r = 0; r < R; r++) sums[r][c] = fmaf(v[r], y, sums[r][c]);
         }
     }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int c = 0; c < C; c++) sums[r][c] = sum_lanes<32>(sums[r][c]);
 }
 
-// As in matvec.cu, with x in f32.
-#define MATVEC(C)                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(ROWS* WARP) matvec_##C(                                                         \
-        const u8* w, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 len, const float* x, u32 x_stride, u32 n, const u32* ids,     \
-        u32 share, const float* bias, float* out, u32 out_stride, u32 add) {                                                     \
-        matvec<FORMAT, C>(w, row_bytes, matrix_bytes, rows, len, x, x_stride, n, ids, share, bias, out, out_stride, add);         \
-    }
-MATVEC(1)
-MATVEC(2)
-MATVEC(4)
-MATVEC(8)
+#include "few.cuh"
 
 // out[j] = scale * row ids[j] of the table: a grid of (len / 256, jobs), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) embed(

@@ -6,83 +6,79 @@
 #include "block.cuh"
 #include "formats.cuh"
 
-#define ROWS 4 // output features (warps) of a block
+typedef Block X;
 
-template <class F, int C>
-__device__ __forceinline__ void matvec(
-    const u8* w, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 blocks, const Block* x, u32 x_stride, u32 n, const u32* ids,
-    u32 share, const float* bias, float* out, u32 out_stride, u32 add) {
-    const u32 lane = threadIdx.x % WARP, row = blockIdx.x * ROWS + threadIdx.x / WARP;
-    const u32 g = lane / 8, b = lane % 8, job = blockIdx.y;
-    if (row >= rows) return;
-    if (ids) w += matrix_bytes * ids[job];
-    w += row_bytes * row;
-    x += (u64)(job / share) * x_stride;
-    out += (u64)job * out_stride;
-    const u32 groups = F::BLOCK == 256 ? blocks : (blocks + 7) / 8;
-    float acc[C];
+// Adds sub-block b of four groups, one of them in this lane (or none), to the running sums, group by group.
+template <class F, int C, int R>
+__device__ __forceinline__ void add_groups(
+    const Sub (&s)[R], bool here, const X* x, u32 b, u32 x_stride, u32 n, float (&sums)[R][C]) {
+    const u32 lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int c = 0; c < C; c++) acc[c] = 0.0f;
-    for (u32 at = 0; at < groups; at += 4) {
-        const u32 i = at + g;
-        const bool here = i < groups;
-        Sub s;
-        load_part<F>(s, true, w, blocks, i, b);
+    for (int c = 0; c < C; c++) {
+        const Block& a = x[(u64)(c < n ? c : n - 1) * x_stride];
+        u32 v[8];
+        words(v, *(const uint4*)(a.q + 32 * b));
+        words(v + 4, *(const uint4*)(a.q + 32 * b + 16));
 #pragma unroll
-        for (int c = 0; c < C; c++) {
+        for (int r = 0; r < R; r++) {
             float dot = 0.0f, d = 0.0f, sum[2] = {0.0f, 0.0f};
             if (here) {
-                const Block& a = x[(u64)(c < n ? c : n - 1) * x_stride + i];
-                u32 v[8];
-                words(v, *(const uint4*)(a.q + 32 * b));
-                words(v + 4, *(const uint4*)(a.q + 32 * b + 16));
                 int lo = 0, hi = 0;
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    lo = dot4(s.q[j], v[j], lo);
-                    hi = dot4(s.q[j + 4], v[j + 4], hi);
+                    lo = dot4(s[r].q[j], v[j], lo);
+                    hi = dot4(s[r].q[j + 4], v[j + 4], hi);
                 }
                 if (F::ZERO) {
                     lo -= F::ZERO * a.isum[2 * b];
                     hi -= F::ZERO * a.isum[2 * b + 1];
                 }
-                dot = F::KIND == PLAIN || F::KIND == MIN ? (float)(lo + hi) : (float)(s.sc[0] * lo + s.sc[1] * hi);
-                d = s.d * a.scale[b];
+                dot = F::KIND == PLAIN || F::KIND == MIN ? (float)(lo + hi) : (float)(s[r].sc[0] * lo + s[r].sc[1] * hi);
+                d = s[r].d * a.scale[b];
                 if (F::KIND == MIN) sum[0] = a.sum[b];
                 if (F::KIND == MIN16) sum[0] = a.half[2 * b], sum[1] = a.half[2 * b + 1];
             }
 #pragma unroll
             for (int step = 0; step < 4; step++) {
-                float t = fmaf(dot, d, acc[c]);
-                if (F::KIND == MIN || F::KIND == MIN16) t = fmaf(s.m[0], sum[0], t);
-                if (F::KIND == MIN16) t = fmaf(s.m[1], sum[1], t);
-                acc[c] = __shfl_sync(ALL, here ? t : acc[c], lane - 8);
+                float t = fmaf(dot, d, sums[r][c]);
+                if (F::KIND == MIN || F::KIND == MIN16) t = fmaf(s[r].m[0], sum[0], t);
+                if (F::KIND == MIN16) t = fmaf(s[r].m[1], sum[1], t);
+                sums[r][c] = __shfl_sync(ALL, here ? t : sums[r][c], lane - 8);
             }
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-        float y = sum_lanes<8>(acc[c]);
-        if (lane == 0 && c < n) {
-            float* o = out + (u64)c * out_stride + row;
-            if (bias) y += bias[row];
-            *o = add ? *o + y : y;
         }
     }
 }
 
-// out[c] (=|+=) W x[c] (+ bias), c < n. The grid: (rows / 4, jobs), 128 threads. For mixtures of experts, job j multiplies matrix
-// ids[j] (0 where there are no ids) with row j / share of x, into row j of out; n is 1 then.
-#define MATVEC(C)                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(ROWS* WARP, C < 8 ? 8 : 6) matvec_##C(                                                         \
-        const u8* w, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 blocks, const Block* x, u32 x_stride, u32 n, const u32* ids, \
-        u32 share, const float* bias, float* out, u32 out_stride, u32 add) {                                                     \
-        matvec<FORMAT, C>(w, row_bytes, matrix_bytes, rows, blocks, x, x_stride, n, ids, share, bias, out, out_stride, add);      \
+// Rows of R matrices of one shape (gate and up), which share x: sums[r][c] in lane 0.
+template <class F, int C, int R>
+__device__ __forceinline__ void dot_rows(const u8* const (&w)[R], u32 blocks, const X* x, u32 x_stride, u32 n, float (&sums)[R][C]) {
+    const u32 g = threadIdx.x % WARP / 8, b = threadIdx.x % 8, groups = F::BLOCK == 256 ? blocks : (blocks + 7) / 8;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int c = 0; c < C; c++) sums[r][c] = 0.0f;
+    // Two loads under way for each lane: a row of its two matrices, or its next group.
+    const int AHEAD = R == 1 ? 2 : 1;
+    for (u32 at = 0; at < groups; at += 4 * AHEAD) {
+        Sub s[AHEAD][R];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+            for (int r = 0; r < R; r++) load_part<F>(s[k][r], true, w[r], blocks, at + 4 * k + g, b);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const u32 i = at + 4 * k + g;
+            // The same for all lanes.
+            if (at + 4 * k < groups) add_groups<F, C, R>(s[k], i < groups, x + (i < groups ? i : 0), b, x_stride, n, sums);
+        }
     }
-MATVEC(1)
-MATVEC(2)
-MATVEC(4)
-MATVEC(8)
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int c = 0; c < C; c++) sums[r][c] = sum_lanes<8>(sums[r][c]);
+}
+
+#include "few.cuh"
 
 // Weight `lane` of a sub-block.
 template <class F>

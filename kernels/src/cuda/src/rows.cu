@@ -14,11 +14,14 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(
 }
 
 // Rotates pair p of every head in place by the angles of its row: cos_sin[r] = cos[half], then sin[half]. Pairs are (2p, 2p+1), or
-// (p, p + half) with `halves`. The grid: (heads * half / 128, rows), 128 threads.
+// (p, p + half) with `halves`. The heads of y follow those of x. The grid: ((heads + y_heads) * half / 128, rows), 128 threads.
 extern "C" __global__ void __launch_bounds__(128) rope(
-    float* x, u32 x_stride, u32 heads, u32 head_dim, u32 offset, u32 half, u32 halves, const float* cos_sin, u32 cs_stride) {
-    const u32 i = blockIdx.x * 128 + threadIdx.x, h = i / half, p = i % half;
-    if (h >= heads) return;
+    float* x, u32 x_stride, u32 heads, u32 head_dim, u32 offset, float* y, u32 y_stride, u32 y_heads, u32 y_head_dim, u32 y_offset,
+    u32 half, u32 halves, const float* cos_sin, u32 cs_stride) {
+    const u32 i = blockIdx.x * 128 + threadIdx.x, p = i % half;
+    u32 h = i / half;
+    if (h >= heads + y_heads) return;
+    if (h >= heads) h -= heads, x = y, x_stride = y_stride, head_dim = y_head_dim, offset = y_offset;
     const float* cs = cos_sin + (u64)blockIdx.y * cs_stride;
     float* a = x + (u64)blockIdx.y * x_stride + (u64)h * head_dim + offset + (halves ? p : 2 * p);
     float* b = a + (halves ? half : 1);

@@ -118,12 +118,14 @@ __device__ __forceinline__ void put(Q4_0, u8* row, u32 width, u32 i, float x) {
     if (lane == 0) ((u16*)(row + width / 2))[i / 32] = broken ? NAN_BITS : to_f16(best);
 }
 
-// Stores row i of x [n, cols] in columns col .. col + cols (whole blocks) of slot slots[i]. Slots differ from each other. The grid:
-// (cols / 256, n), 256 threads.
+// Stores row i of x [n, cols] in slot slots[i]. Slots differ from each other. The grid: (cols / 256, n), 256 threads; along z a second cache,
+// which takes the rows of y.
 extern "C" __global__ void __launch_bounds__(256) cache_write(
-    const float* x, u32 x_stride, u32 cols, u8* cache, u64 row_bytes, u32 width, u32 col, const u32* slots) {
+    const float* x, u32 x_stride, u32 cols, u8* cache, u64 row_bytes, const float* y, u32 y_stride, u32 y_cols, u8* y_cache,
+    u64 y_row_bytes, const u32* slots) {
     const u32 i = blockIdx.x * 256 + threadIdx.x;
-    if (i < cols) put(FORMAT(), cache + row_bytes * slots[blockIdx.y], width, col + i, x[(u64)blockIdx.y * x_stride + i]);
+    if (blockIdx.z) x = y, x_stride = y_stride, cols = y_cols, cache = y_cache, row_bytes = y_row_bytes;
+    if (i < cols) put(FORMAT(), cache + row_bytes * slots[blockIdx.y], cols, i, x[(u64)blockIdx.y * x_stride + i]);
 }
 
 // out[i] = columns col .. col + cols of slot slots[i]. The grid: (cols / 256, n), 256 threads.
