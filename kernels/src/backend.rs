@@ -687,32 +687,6 @@ impl Device {
         self.0.moe(self.prompts(x.rows())?, experts, routes, shared, x, out, write)
     }
 
-    fn check_store(&self, x: &View<'_>, cache: &KvBuf, slots: &[u32]) -> Result<(), KernelError> {
-        let inside = slots.iter().all(|&s| (s as usize) < cache.slots());
-        shape(inside && slots.len() == x.rows() && x.cols() == cache.width(), "kv_write", || {
-            format!("x [{}, {}], cache [{}, {}]", x.rows(), x.cols(), cache.slots(), cache.width())
-        })?;
-        self.near("kv_write", [x.place(), cache.place()])
-    }
-
-    /// Stores row i of x `[n, width]` in slot `slots[i]`.
-    pub fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
-        self.check_store(&x, cache, slots)?;
-        self.0.kv_write(x, cache, slots)
-    }
-
-    /// The same of a layer's two caches at once.
-    pub fn kv_write_both(
-        &self,
-        first: (View<'_>, &mut KvBuf),
-        second: (View<'_>, &mut KvBuf),
-        slots: &[u32],
-    ) -> Result<(), KernelError> {
-        self.check_store(&first.0, first.1, slots)?;
-        self.check_store(&second.0, second.1, slots)?;
-        self.0.kv_write_both(first, second, slots)
-    }
-
     fn check_visible(v: &Visible, n: usize, slots: usize, op: &str) -> Result<(), KernelError> {
         let inside = v.spans.iter().all(|s| s.start as usize + s.len as usize <= slots);
         let seen = (0..v.rows()).all(|i| !v.row(i).is_empty());

@@ -1,4 +1,4 @@
-//! What a cache does with its own rows: moving, reading, rotating, saving. The shape checks of the operations; attention
+//! What a cache does with its own rows: storing, moving, reading, rotating, saving. The shape checks of the operations; attention
 //! over a cache is in `backend`.
 
 use crate::backend::{Device, RopeHeads, shape};
@@ -32,6 +32,32 @@ fn blocks(cache: &KvBuf, cols: &Range<usize>, op: &str) -> Result<(), KernelErro
 }
 
 impl Device {
+    fn check_store(&self, x: &View<'_>, cache: &KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+        inside(cache, slots.iter().copied(), "kv_write")?;
+        shape(slots.len() == x.rows() && x.cols() == cache.width(), "kv_write", || {
+            format!("x [{}, {}], cache [{}, {}]", x.rows(), x.cols(), cache.slots(), cache.width())
+        })?;
+        self.near("kv_write", [x.place(), cache.place()])
+    }
+
+    /// Stores row i of x `[n, width]` in slot `slots[i]`.
+    pub fn kv_write(&self, x: View<'_>, cache: &mut KvBuf, slots: &[u32]) -> Result<(), KernelError> {
+        self.check_store(&x, cache, slots)?;
+        self.0.kv_write(x, cache, slots)
+    }
+
+    /// The same of a layer's two caches at once.
+    pub fn kv_write_both(
+        &self,
+        first: (View<'_>, &mut KvBuf),
+        second: (View<'_>, &mut KvBuf),
+        slots: &[u32],
+    ) -> Result<(), KernelError> {
+        self.check_store(&first.0, first.1, slots)?;
+        self.check_store(&second.0, second.1, slots)?;
+        self.0.kv_write_both(first, second, slots)
+    }
+
     /// `out = x`.
     pub fn copy(&self, x: View<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
         shape(x.rows() == out.rows() && x.cols() == out.cols(), "copy", || {
