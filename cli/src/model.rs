@@ -3,13 +3,14 @@
 use crate::cmd::plan::refusal;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
-use engine::device::{Chosen, DeviceChoice};
+use engine::device::{DeviceChoice, Gpus};
 use engine::gguf::{File, OpenMode, Progress};
 use engine::pager::PagerOptions;
 use engine::plan::{
-    Access, Change, Device, Fit, GpuNeeds, Machine, PlanModel, PlanOptions, Rules, available_memory, fit,
+    Access, Change, Device, DevicePlan, Fit, Part, Plan, PlanModel, PlanOptions, Rules, available_memory,
 };
-use engine::{DType, EngineError, KvSpec, LoadOptions, Model, Numa, Session, SessionOptions};
+use engine::{DType, Devices, EngineError, KvSpec, LoadOptions, Model, Numa, Session, SessionOptions};
+use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,15 +34,20 @@ pub struct LoadConfig {
     pub threads: usize,
 }
 
-/// What computes; how weights get into memory, and stay there.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// What computes what; how weights get into memory, and stay there.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct MemoryConfig {
     pub device: DeviceChoice,
+    pub place: Placement,
     pub access: Access,
     /// Bytes of the experts used most.
     pub pin_experts: u64,
     pub numa: Option<Numa>,
 }
+
+/// What computes, opened; nothing: the CPU.
+#[derive(Debug, Default)]
+pub struct Chosen(Option<Devices>);
 
 /// A session's size as asked for.
 #[derive(Clone, Debug)]
@@ -67,41 +73,78 @@ pub struct Placement {
     pub tensors: Vec<(regex::Regex, Device)>,
 }
 
+impl PartialEq for Placement {
+    fn eq(&self, other: &Self) -> bool {
+        let numbers = |p: &Self| (p.gpu_layers, p.main_gpu, p.cpu_moe);
+        let same = |(a, b): (&(regex::Regex, Device), &(regex::Regex, Device))| {
+            a.0.as_str() == b.0.as_str() && a.1 == b.1
+        };
+        numbers(self) == numbers(other)
+            && self.split == other.split
+            && self.tensors.len() == other.tensors.len()
+            && self.tensors.iter().zip(&other.tensors).all(same)
+    }
+}
+
 impl Placement {
-    /// The rules for a model on a machine.
-    pub fn rules(&self, model: &PlanModel, machine: &Machine) -> Result<Rules> {
-        let there = |i: usize| i < machine.gpus.len();
+    /// The rules for a model on so many GPUs.
+    ///
+    /// # Errors
+    /// GPUs that are not there; `-ot` patterns that take parts apart which stay together.
+    pub fn rules(&self, model: &PlanModel, gpus: usize) -> Result<Rules> {
         let named = self.tensors.iter().filter_map(|(_, d)| match d {
             Device::Gpu(i) => Some(*i),
             Device::Cpu => None,
         });
-        if let Some(i) = self.main_gpu.into_iter().chain(named).find(|i| !there(*i)) {
-            bail!("there is no GPU{i}: {} given with --gpu", machine.gpus.len());
+        if let Some(i) = self.main_gpu.into_iter().chain(named).find(|i| *i >= gpus) {
+            bail!("there is no GPU{i}: there are {gpus}, counted from 0 (--device, or --gpu of plan)");
         }
-        if self.split.len() > machine.gpus.len() {
-            bail!("--tensor-split has {} shares for {} GPUs", self.split.len(), machine.gpus.len());
+        if self.split.len() > gpus {
+            bail!("--tensor-split has {} shares for {gpus} GPUs", self.split.len());
         }
-        let device = |name: &str| self.tensors.iter().find(|(p, _)| p.is_match(name)).map(|(_, d)| *d);
-        let tensors = model.weights().iter().filter_map(|w| Some((w.name.clone(), device(&w.name)?)));
-        Ok(Rules {
+        let mut rules = Rules {
             gpu_layers: self.gpu_layers,
             main_gpu: self.main_gpu,
             split: self.split.clone(),
             cpu_moe: self.cpu_moe,
-            tensors: tensors.collect(),
-        })
+            ..Rules::default()
+        };
+        let wanted = |name: &str| self.tensors.iter().find(|(p, _)| p.is_match(name)).map(|(_, d)| *d);
+        // What lies on one device: a layer, its routed experts (their router goes with them), the output.
+        let mut groups = HashMap::new();
+        for w in model.weights() {
+            let group = match (w.part, w.layer) {
+                (Part::Router | Part::Embeddings, _) => continue,
+                (Part::Output, _) => (Part::Output, None),
+                (Part::Experts, layer) => (Part::Experts, layer),
+                (_, None) => continue,
+                (_, layer) => (Part::Attention, layer),
+            };
+            let device = wanted(&w.name);
+            let (first, of) = *groups.entry(group).or_insert((&w.name, device));
+            if of != device {
+                let moved = if of.is_some() { first } else { &w.name };
+                bail!(
+                    "-ot moves {moved} without what lies beside it: it can move whole layers (blk.3.), the routed experts of layers \
+                     (ffn_.*_exps) and the output (^output)"
+                );
+            }
+        }
+        for ((part, layer), (_, device)) in groups {
+            match (part, layer, device) {
+                (Part::Output, _, device) => rules.output = device,
+                (Part::Experts, Some(i), Some(d)) => _ = rules.experts.insert(i, d),
+                (_, Some(i), Some(d)) => _ = rules.layers.insert(i, d),
+                _ => {}
+            }
+        }
+        Ok(rules)
     }
 
-    /// Refuses what only a GPU could do.
-    pub fn on_cpu(&self) -> Result<()> {
+    /// Whether it names something that only a GPU could do.
+    pub fn asks_for_gpus(&self) -> bool {
         let gpu = self.tensors.iter().any(|(_, d)| *d != Device::Cpu);
-        if self.gpu_layers.is_some_and(|n| n > 0) || self.main_gpu.is_some() || !self.split.is_empty() || gpu
-        {
-            bail!(
-                "a model runs whole on the CPU or on one GPU (--device cuda:0) so far; `rsinfer plan --gpu SIZE` plans for more"
-            );
-        }
-        Ok(())
+        self.gpu_layers.is_some_and(|n| n > 0) || self.main_gpu.is_some() || !self.split.is_empty() || gpu
     }
 }
 
@@ -141,112 +184,111 @@ impl LoadConfig {
         model.map_err(|e| name_the_file(e, &self.source))
     }
 
-    /// Opens what is to compute such sessions, of so many sequences each. A GPU must hold the largest of them.
+    /// Plans sessions of `parallel` sequences each with the GPUs that were looked at and so much memory of the host; also what
+    /// `--device auto` came to.
     ///
     /// # Errors
-    /// A GPU asked for by name that cannot be used.
-    pub fn choose<'a>(
+    /// Options that no session accepts; placements that no model accepts.
+    pub fn fit(
         &self,
-        sessions: impl IntoIterator<Item = (&'a SessionOptions, usize)>,
-    ) -> Result<Chosen> {
-        let chosen = self.memory.device.open(|| self.gpu_needs(sessions))?;
-        if let Some(note) = &chosen.note {
-            eprintln!("note: {note}");
-        }
-        Ok(chosen)
+        gpus: &Gpus,
+        model: &PlanModel,
+        options: &PlanOptions,
+        memory: u64,
+    ) -> Result<(Fit, Option<String>)> {
+        let there = gpus.machine().len();
+        let rules = if there == 0 { Rules::default() } else { self.memory.place.rules(model, there)? };
+        let found = gpus.fit(model, options, memory, &rules);
+        found.map_err(|e| name_the_file(e, &self.source))
     }
 
-    /// What the largest of such sessions needs of a GPU.
-    pub fn gpu_needs<'a>(
-        &self,
-        sessions: impl IntoIterator<Item = (&'a SessionOptions, usize)>,
-    ) -> Result<GpuNeeds> {
-        let file = match &self.source {
-            Source::File(p) => File::headers(p)?,
-            Source::Demo => self.source.open()?,
-        };
-        let mut most = GpuNeeds::default();
-        for (session, parallel) in sessions {
-            let options = PlanOptions { session: session.clone(), parallel, ..PlanOptions::default() };
-            let needs = GpuNeeds::of(&file, &options).map_err(|e| name_the_file(e, &self.source))?;
-            if needs.total() > most.total() {
-                most = needs;
+    /// Opens what a plan uses, telling what `auto` came to. Where that cannot be opened, `auto` goes on without GPUs: `None`, with `gpus`
+    /// changed.
+    pub fn open(&self, gpus: &mut Gpus, plan: &Plan, note: Option<&str>) -> Result<Option<Chosen>> {
+        match gpus.open(plan, self.threads) {
+            Ok(devices) => {
+                note.iter().for_each(|n| eprintln!("note: {n}"));
+                Ok(Some(Chosen(devices)))
+            }
+            Err(e) => {
+                *gpus = gpus.without(&e.to_string()).ok_or(e)?;
+                Ok(None)
             }
         }
-        Ok(most)
     }
 
-    /// The same, with contexts as far as they are given.
-    fn choose_all(&self, sessions: &[(SessionConfig, usize)]) -> Result<Chosen> {
-        if self.memory.device == DeviceChoice::Cpu {
-            return self.choose([]);
-        }
-        let trained = self.headers()?.ctx_train();
-        let all = sessions.iter().map(|(s, n)| Ok((s.options(s.ctx(trained)?), *n)));
-        let all = all.collect::<Result<Vec<_>>>()?;
-        self.choose(all.iter().map(|(s, n)| (s, *n)))
+    fn options(&self, session: SessionOptions, parallel: usize) -> PlanOptions {
+        let MemoryConfig { access, pin_experts: pinned, .. } = self.memory;
+        PlanOptions { session, parallel, access, pinned, threads: self.threads }
     }
 
     /// Plans a session before anything is loaded, and opens what is to compute it. What does not fit the memory that is left is an
     /// error with the flags that would; with `choose` the first of them is taken, and told.
     pub fn plan(&mut self, session: &mut SessionConfig, choose: bool) -> Result<Chosen> {
-        let chosen = self.choose_all(&[(session.clone(), 1)])?;
-        if chosen.device.is_some() {
-            return Ok(chosen);
-        }
-        let Some(memory) = available_memory() else { return Ok(chosen) };
         let model = self.headers()?;
-        let Some(found) = self.misfit(&model, session, 1, memory)? else { return Ok(chosen) };
-        // What is chosen leaves others some room.
-        let roomy = self.misfit(&model, session, 1, memory - memory / 16)?;
-        match roomy.and_then(|f| f.ways.into_iter().next()).filter(|_| choose) {
-            None => bail!("{}: {}", self.source.name(), refusal(&found)),
-            Some(w) => {
+        let options = self.options(session.options(session.ctx(model.ctx_train())?), 1);
+        let memory = available_memory().unwrap_or(u64::MAX);
+        let mut gpus = self.memory.device.look()?;
+        loop {
+            let (found, note) = match self.fit(&gpus, &model, &options, memory) {
+                Ok(found) => found,
+                // What no session accepts is reported where one is opened, as without a plan.
+                Err(_) if self.memory.device == DeviceChoice::Cpu => return Ok(Chosen::default()),
+                Err(e) => return Err(e),
+            };
+            let mut way = None;
+            if !found.plan.fits() {
+                // What is chosen leaves others some room.
+                let roomy = self.fit(&gpus, &model, &options, memory - memory / 16)?.0;
+                way = roomy.ways.into_iter().next().filter(|_| choose);
+                if way.is_none() {
+                    bail!("{}: {}", self.source.name(), refusal(&found));
+                }
+            }
+            let plan = way.as_ref().map_or(&found.plan, |w| &w.plan);
+            let Some(chosen) = self.open(&mut gpus, plan, note.as_deref())? else { continue };
+            if let Some(w) = way {
                 eprintln!("note: to fit {} of memory: {}", crate::output::bytes(memory), w.flags());
                 let s = &w.options.session;
                 (session.ctx, session.batch) = (Some(s.ctx), s.batch);
                 (session.cache_k, session.cache_v) = (s.cache_k, s.cache_v);
                 self.memory.access = w.options.access;
-                Ok(chosen)
             }
+            return Ok(chosen);
         }
     }
 
     /// The same for sessions, of so many sequences each, that follow one another and whose contexts and numbers of sequences
-    /// are given: no flag that changes those is offered.
+    /// are given: no flag that changes those is offered. The largest says what goes where.
     pub fn plan_all(&self, sessions: impl IntoIterator<Item = (SessionConfig, usize)>) -> Result<Chosen> {
-        let sessions: Vec<_> = sessions.into_iter().collect();
-        let chosen = self.choose_all(&sessions)?;
-        if chosen.device.is_some() {
-            return Ok(chosen);
-        }
-        let Some(memory) = available_memory() else { return Ok(chosen) };
         let model = self.headers()?;
-        for (session, parallel) in sessions {
-            if let Some(mut found) = self.misfit(&model, &session, parallel, memory)? {
-                let given = |c: &Change| matches!(c, Change::Ctx(_) | Change::Parallel(_));
-                found.ways.retain(|w| !w.changes.iter().any(given));
-                bail!("{}: {}", self.source.name(), refusal(&found));
+        let memory = available_memory().unwrap_or(u64::MAX);
+        let mut gpus = self.memory.device.look()?;
+        let sessions: Vec<_> = sessions.into_iter().collect();
+        loop {
+            let mut largest: Option<(Plan, Option<String>)> = None;
+            for (session, parallel) in &sessions {
+                let options = self.options(session.options(session.ctx(model.ctx_train())?), *parallel);
+                let (mut found, note) = match self.fit(&gpus, &model, &options, memory) {
+                    Ok(found) => found,
+                    Err(_) if self.memory.device == DeviceChoice::Cpu => continue,
+                    Err(e) => return Err(e),
+                };
+                if !found.plan.fits() {
+                    let given = |c: &Change| matches!(c, Change::Ctx(_) | Change::Parallel(_));
+                    found.ways.retain(|w| !w.changes.iter().any(given));
+                    bail!("{}: {}", self.source.name(), refusal(&found));
+                }
+                let size = |p: &Plan| p.devices.iter().map(DevicePlan::resident).sum::<u64>();
+                if largest.as_ref().is_none_or(|l| size(&l.0) < size(&found.plan)) {
+                    largest = Some((found.plan, note));
+                }
+            }
+            let Some((plan, note)) = largest else { return Ok(Chosen::default()) };
+            if let Some(chosen) = self.open(&mut gpus, &plan, note.as_deref())? {
+                return Ok(chosen);
             }
         }
-        Ok(chosen)
-    }
-
-    /// What is wrong with a session in `memory` bytes; `None` if it fits.
-    fn misfit(
-        &self,
-        model: &PlanModel,
-        session: &SessionConfig,
-        parallel: usize,
-        memory: u64,
-    ) -> Result<Option<Fit>> {
-        let session = session.options(session.ctx(model.ctx_train())?);
-        let MemoryConfig { access, pin_experts: pinned, .. } = self.memory;
-        let options = PlanOptions { session, parallel, access, pinned, threads: self.threads };
-        let machine = Machine { memory, gpus: Vec::new() };
-        // What no session accepts is reported where one is opened, as without a plan.
-        let found = fit(model, &options, &machine, &Rules::default()).ok();
-        Ok(found.filter(|f| !f.plan.fits()))
     }
 
     /// Loads on what was chosen, telling how long it takes; a terminal is shown that something happens if that is more than a second.
@@ -278,7 +320,7 @@ impl LoadConfig {
             pager: PagerOptions { pin: self.memory.pin_experts, ..PagerOptions::default() },
             threads: self.threads,
             progress: progress.clone(),
-            devices: on.device.map(Into::into),
+            devices: on.0,
         };
         let model = match &self.source {
             Source::File(p) => Model::load(p, &options),

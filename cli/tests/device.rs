@@ -54,13 +54,66 @@ fn a_gpu_answers_as_the_cpu_does() {
     assert!(o.status.success() && text.contains("cuda:0 (interpreted GPU"), "{text}");
 }
 
+/// Layers, and experts, on one GPU, on two of which each is half of one, and on the CPU: the text is the CPU's, and where everything lies
+/// is what `plan` says.
+#[test]
+fn a_split_model_answers_as_the_cpu_does() {
+    let want = run(&RUN[..9]).stdout;
+    for (place, gpus, on_gpus) in [
+        (&["--device", "cuda:0,cuda:0"][..], 2, "whole"),
+        (&["--device", "cuda:0,cuda:0", "-ngl", "3"], 2, "layers"),
+        (&["--device", "cuda:0", "--cpu-moe"], 1, "all but experts"),
+        (&["-ngl", "2", "--n-cpu-moe", "99"], 1, "layers"),
+        (&["--device", "cuda:0,cuda:0", "-ts", "1,2", "-ot", "ffn_.*_exps=CPU"], 2, "all but experts"),
+    ] {
+        let Some(o) = with_driver("", &[&RUN[..9], place].concat()) else { return };
+        let text = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.success(), "{place:?}: {text}");
+        assert_eq!(o.stdout, want, "{place:?}: {text}");
+        let Some(o) = with_driver("", &[&["plan", "demo", "--json"], place].concat()) else { return };
+        let p: serde_json::Value = serde_json::from_slice(&o.stdout).expect("JSON");
+        let devices = p["devices"].as_array().expect("devices");
+        assert_eq!(devices.len(), gpus + 1, "{place:?}");
+        let bytes = |d: &serde_json::Value, part: Option<&str>| -> u64 {
+            let parts = d["weights"].as_array().expect("parts").iter();
+            let parts = parts.filter(|w| part.is_none_or(|p| w["part"] == p));
+            parts
+                .map(|w| w["mapped_bytes"].as_u64().unwrap_or(0) + w["resident_bytes"].as_u64().unwrap_or(0))
+                .sum()
+        };
+        assert!(devices.iter().all(|d| bytes(d, None) > 0), "{place:?}: {p}");
+        let here = |part| bytes(&devices[0], Some(part)) > 0;
+        let want = match on_gpus {
+            "whole" => (false, false),
+            "layers" => (true, true),
+            _ => (false, true),
+        };
+        assert_eq!((here("attention"), here("experts")), want, "{place:?}: {p}");
+    }
+}
+
+#[test]
+fn placements_that_cannot_be_are_one_line() {
+    for (place, part) in [
+        (&["--device", "cuda:0", "-ot", "attn_q=CPU"][..], "-ot moves blk.0.attn_q"),
+        (&["--device", "cuda:0", "-mg", "1"], "there is no GPU1"),
+        (&["--device", "cuda:0", "-ts", "1,1"], "2 shares for 1 GPU"),
+        (&["--device", "cuda:0,cuda:1"], "there is no GPU cuda:1"),
+    ] {
+        let Some(o) = with_driver("", &[&RUN[..9], place].concat()) else { return };
+        let text = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.code() == Some(1) && text.lines().count() == 1, "{place:?}: {text}");
+        assert!(text.starts_with("error: ") && text.contains(part), "{place:?}: {text}");
+    }
+}
+
 #[test]
 fn what_a_driver_refuses_is_one_line() {
     for (fault, parts) in [
         ("old", ["CUDA 11.8, 12.1 is needed", "update it"]),
         ("none", ["0 here", "--device cpu"]),
         ("pre-turing", ["capability 7.0", "--device cpu"]),
-        ("small", ["out of GPU memory", "smaller context"]),
+        ("small", ["GPU0 is short of", "-ngl 0"]),
         ("refuses", ["refuses the kernels", "update it"]),
         ("lost", ["the GPU was lost (cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS", "restart"]),
     ] {
@@ -106,6 +159,8 @@ fn auto_takes_the_cpu_and_says_so() {
     let (code, text) = stderr(&["run", "demo", "--device", "auto", "-p", "Hello", "-n", "4", "--temp", "0"]);
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("note: --device auto: the CPU; no NVIDIA driver"), "{text}");
+    let (code, text) = stderr(&["run", "demo", "-ngl", "99", "--cpu-moe", "-p", "Hello", "-n", "4"]);
+    assert!(code == Some(0) && text.contains("note: --device auto: the CPU; no NVIDIA driver"), "{text}");
     let (code, text) = stderr(&["run", "demo", "-p", "Hello", "-n", "4"]);
     assert!(code == Some(0) && !text.contains("--device"), "{text}");
 }
@@ -115,5 +170,5 @@ fn unknown_devices_and_splits_are_refused() {
     let o = run(&["run", "demo", "--device", "gpu9", "-p", "x"]);
     assert_eq!(o.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&o.stderr).contains("cuda:0"));
-    assert!(error(&["run", "demo", "-ngl", "1", "-p", "x"]).contains("--device cuda:0"));
+    assert!(error(&["run", "demo", "--device", "cpu", "-ngl", "1", "-p", "x"]).contains("--device auto"));
 }

@@ -72,7 +72,7 @@ fn what_does_not_fit_comes_with_flags_that_do() {
     for flag in ["-c ", "-b ", "--parallel ", "-ctk ", "--mmap", "-ngl ", "--n-cpu-moe "] {
         assert!(offered.iter().any(|w| w.contains(flag)), "{flag} is never offered: {offered:?}");
     }
-    let rules = ["-c", "512", "-b", "64", "-ot", "ffn=GPU1", gpu[0], gpu[1]];
+    let rules = ["-c", "512", "-b", "64", "-ot", "ffn_.*_exps=GPU1", gpu[0], gpu[1]];
     let text = stdout(&[&["plan", "demo", "--memory", "1GiB"], &rules[..]].concat());
     assert!(text.contains("GPU1 is short of") && text.contains("other rules for GPUs"), "{text}");
     let p = plan(&["-t", "2", "--memory", &memory, "-c", "100000"]);
@@ -90,7 +90,7 @@ fn a_run_that_does_not_fit_ends_before_loading() {
     let err = String::from_utf8_lossy(&o.stderr);
     assert_eq!(o.status.code(), Some(1), "{err}");
     assert!(err.contains("short of") && err.contains("What would fit") && err.contains("-c "), "{err}");
-    assert!(error(&["run", "demo", "-p", "x", "-ngl", "3"]).contains("on one GPU"));
+    assert!(error(&["plan", "demo", "--gpu", "1GiB", "-ot", "ffn_up=CPU"]).contains("-ot moves"));
 }
 
 /// A stand-in for `nvidia-smi`; CUDA_VISIBLE_DEVICES chooses among what it tells.

@@ -3,7 +3,7 @@
 
 use crate::EngineError;
 use crate::kv::{Arena, ArenaOptions, CacheTypes, KvPlan, KvSpec, LayerSpec, Origin, Rows, SeqId};
-use crate::model::{Network, Runner};
+use crate::model::{Extras, Network, Runner};
 use crate::session::{Model, SessionOptions};
 use crate::stages::Devices;
 use kernels::Limits;
@@ -31,43 +31,51 @@ pub struct Work {
     pub scratch: usize,
 }
 
-/// All that a context allocates on a device; on one that only counts it says how much that is.
-pub(crate) struct Memory {
-    arena: Arena,
-    runner: Box<dyn Runner>,
-    batch: usize,
-    rows: usize,
-    /// What it takes of each device.
-    pub work: Vec<Work>,
+impl Work {
+    /// All of it.
+    pub fn total(self) -> u64 {
+        (self.activations + self.scratch) as u64
+    }
 }
 
-impl Memory {
-    pub fn new(
+/// What a context's passes are like.
+#[derive(Clone, Copy)]
+pub(crate) struct Passes {
+    /// Rows of one at most: even with short batches, one token of every sequence.
+    pub rows: usize,
+    /// Cache entries that a row sees at most.
+    seen: usize,
+    extras: Extras,
+    mass: bool,
+}
+
+impl Passes {
+    pub fn of(options: &ArenaOptions, specs: &[LayerSpec]) -> Self {
+        let (extras, mass) = options.extras();
+        let rows = options.chunk.max(options.sequences);
+        Self { rows, seen: options.most_seen(specs), extras, mass }
+    }
+
+    /// Allocates a runner for them and reserves the devices' working memory; devices that only count say how much that is.
+    pub fn runner(
+        &self,
         net: &Arc<dyn Network>,
         on: &Devices,
-        o: &SessionOptions,
-        sequences: usize,
-    ) -> Result<Self, EngineError> {
-        let specs = net.cache_specs();
-        let options = arena_options(o, &specs, sequences)?;
-        let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
-        let (batch, seen, (extras, mass)) = (options.chunk, options.most_seen(&specs), options.extras());
-        let arena = Arena::new(on, &specs, types, options)?;
-        // Even with short batches, one token of every sequence fits a pass.
-        let rows = batch.max(sequences);
-        let counted = on.counting();
-        let runner = net.clone().runner(&counted, rows, extras)?;
-        let mut work = Vec::new();
-        for (d, dev) in counted.all().iter().enumerate() {
-            let mut w = Work { activations: dev.allocated(), scratch: 0 };
-            if on.uses(d, specs.len()) {
-                let limits = Limits { mass, ..on.layout().limits(&**net, d, rows, seen) };
+    ) -> Result<(Box<dyn Runner>, Vec<Work>), EngineError> {
+        let on = on.counting();
+        let runner = net.clone().runner(&on, self.rows, self.extras)?;
+        let work = on.all().iter().enumerate().map(|(d, dev)| {
+            let mut work = Work { activations: dev.allocated(), scratch: 0 };
+            if on.uses(d, net.dims().n_layers) {
+                let limits = on.layout().limits(&**net, d, self.rows, self.seen);
+                let limits = Limits { mass: self.mass && limits.heads > 0, ..limits };
                 dev.reserve(&limits)?;
-                w.scratch = dev.scratch_bytes(&limits);
+                work.scratch = dev.scratch_bytes(&limits);
             }
-            work.push(w);
-        }
-        Ok(Self { arena, runner, batch, rows, work })
+            Ok(work)
+        });
+        let work = work.collect::<Result<_, EngineError>>()?;
+        Ok((runner, work))
     }
 }
 
@@ -77,9 +85,13 @@ impl Context {
     /// # Errors
     /// Impossible sizes or cache types, or memory that cannot be had.
     pub fn new(model: &Arc<Model>, o: &SessionOptions, sequences: usize) -> Result<Self, EngineError> {
-        let Memory { arena, runner, batch, rows, work } =
-            Memory::new(model.network(), model.devices(), o, sequences)?;
-        let scratch = work.iter().map(|w| w.activations + w.scratch).sum();
+        let specs = model.network().cache_specs();
+        let options = arena_options(o, &specs, sequences)?;
+        let types = CacheTypes { k: o.cache_k, v: o.cache_v, k_pe: o.cache_k_pe };
+        let (batch, passes) = (options.chunk, Passes::of(&options, &specs));
+        let arena = Arena::new(model.devices(), &specs, types, options)?;
+        let (runner, work) = passes.runner(model.network(), model.devices())?;
+        let (rows, scratch) = (passes.rows, work.iter().map(|w| w.activations + w.scratch).sum());
         let (model, policy) = (model.clone(), o.kv.clone());
         Ok(Self { model, runner, arena, policy, batch, rows, scratch, ids: Vec::new() })
     }

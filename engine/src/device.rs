@@ -1,20 +1,25 @@
-//! What computes: the CPU, or a GPU that holds the whole model. Choosing among GPUs is plain data; opening one is `kernels`'.
+//! What computes: the CPU, or GPUs beside it. Which of those that are there are used, and for what, is decided in plain data; opening
+//! them is `kernels`'.
 
-use crate::plan::GpuNeeds;
-use kernels::cuda::{self, CudaBackend, GpuError, GpuInfo};
+use crate::EngineError;
+use crate::plan::{Fit, Gpu, Machine, Plan, PlanModel, PlanOptions, Rules, fit, plan};
+use crate::stages::Devices;
+use kernels::cpu::CpuBackend;
+use kernels::cuda::{self, CudaBackend};
 use kernels::{Device, KernelError};
+use std::cmp::Reverse;
 use std::fmt;
 use std::str::FromStr;
 
 /// `--device`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The host's cores.
     #[default]
     Cpu,
-    /// This NVIDIA GPU, as the driver counts them.
-    Cuda(usize),
-    /// A GPU where one can be used and the model fits, else the CPU.
+    /// These NVIDIA GPUs, as the driver counts them; one named several times is as many, each with its share of the memory.
+    Cuda(Vec<usize>),
+    /// GPUs where they can be used and anything of the model fits them, else the CPU.
     Auto,
 }
 
@@ -22,16 +27,16 @@ impl FromStr for DeviceChoice {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let index = |n: &str| n.parse().ok().filter(|_| n.bytes().all(|b| b.is_ascii_digit()));
+        let digits = |n: &str| n.parse().ok().filter(|_| n.bytes().all(|b| b.is_ascii_digit()));
+        let gpu = |s: &str| if s == "cuda" { Some(0) } else { s.strip_prefix("cuda:").and_then(digits) };
         match s.to_ascii_lowercase().as_str() {
             "cpu" => Ok(Self::Cpu),
             "auto" => Ok(Self::Auto),
-            "cuda" => Ok(Self::Cuda(0)),
-            s => s
-                .strip_prefix("cuda:")
-                .and_then(index)
-                .map(Self::Cuda)
-                .ok_or_else(|| format!("{s:?} is no device: cpu, cuda:0, cuda:1 ..., or auto")),
+            names => {
+                names.split(',').map(|s| gpu(s.trim())).collect::<Option<_>>().map(Self::Cuda).ok_or_else(
+                    || format!("{s:?} is no device: cpu, cuda:0, cuda:1, cuda:0,cuda:1 ..., or auto"),
+                )
+            }
         }
     }
 }
@@ -40,103 +45,197 @@ impl fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(i) => write!(f, "cuda:{i}"),
+            Self::Cuda(all) => {
+                f.write_str(&all.iter().map(|i| format!("cuda:{i}")).collect::<Vec<_>>().join(","))
+            }
             Self::Auto => f.write_str("auto"),
         }
     }
 }
 
-/// What a choice came to.
-#[derive(Debug)]
-pub struct Chosen {
-    /// `None`: the CPU.
-    pub device: Option<Device>,
-    /// With `auto`: what was taken and why, for people.
-    pub note: Option<String>,
-}
-
 /// Bytes of a GPU that are left alone: kernels, the driver's own, and the rounding of allocations.
 pub const GPU_MARGIN: u64 = 512 << 20;
 
-/// A GPU, its number and its free bytes, or why it cannot be used.
-struct Candidate {
+/// A GPU that was looked at.
+#[derive(Clone, Debug)]
+struct Found {
+    /// As the driver counts.
     index: usize,
-    info: GpuInfo,
-    free: Result<u64, GpuError>,
+    /// For people.
+    info: String,
+    /// What plans may use of it.
+    gpu: Gpu,
+    /// Why it cannot be used.
+    broken: Option<String>,
+}
+
+/// The GPUs that a choice allows, as they were when it looked.
+#[derive(Clone, Debug)]
+pub struct Gpus {
+    choice: DeviceChoice,
+    all: Vec<Found>,
+    /// Why there are none.
+    none: Option<String>,
 }
 
 impl DeviceChoice {
-    /// Opens what was chosen for a run that needs so much of a GPU; nothing is asked for where that does not matter.
+    /// Looks at the GPUs that it allows; at none for the CPU.
     ///
     /// # Errors
-    /// A GPU asked for by name that cannot be used or does not hold the run: one line that says what to do.
-    pub fn open<E: From<KernelError>>(
-        self,
-        needs: impl FnOnce() -> Result<GpuNeeds, E>,
-    ) -> Result<Chosen, E> {
+    /// One asked for by name that cannot be used: one line that says what to do.
+    pub fn look(&self) -> Result<Gpus, EngineError> {
+        let (mut all, mut none) = (Vec::new(), None);
         match self {
-            Self::Cpu => Ok(Chosen { device: None, note: None }),
-            Self::Cuda(index) => {
-                let gpu = cuda::open(index).map_err(KernelError::from)?;
-                let (free, _) = gpu.memory().map_err(KernelError::from)?;
-                fits(&needs()?, free).map_err(KernelError::from)?;
-                let device = Device::new(CudaBackend::new(gpu, &self.to_string())?);
-                Ok(Chosen { device: Some(device), note: None })
+            Self::Cpu => {}
+            Self::Cuda(named) => {
+                for &index in named {
+                    let times = named.iter().filter(|i| **i == index).count() as u64;
+                    let gpu = cuda::open(index).map_err(KernelError::from)?;
+                    let free = gpu.memory().map_err(KernelError::from)?.0 / times;
+                    // Who names it wants it, whatever else it does; without room plans would pass over it in silence.
+                    let bytes = free.saturating_sub(GPU_MARGIN).max(1);
+                    let info = gpu.info().to_string();
+                    all.push(Found { index, info, gpu: Gpu { bytes, display: false }, broken: None });
+                }
             }
-            Self::Auto => {
-                let all = match cuda::devices() {
-                    Err(e) => return Ok(cpu(&e.to_string())),
-                    Ok(all) => all,
-                };
-                let look = |(index, info): (usize, GpuInfo)| {
-                    let free = cuda::open(index).and_then(|g| g.memory()).map(|m| m.0);
-                    Candidate { index, info, free }
-                };
-                let candidates: Vec<Candidate> = all.into_iter().enumerate().map(look).collect();
-                let needs = if candidates.is_empty() { GpuNeeds::default() } else { needs()? };
-                let index = match best(&candidates, &needs) {
-                    Err(why) => return Ok(cpu(&why)),
-                    Ok(index) => index,
-                };
-                let opened = cuda::open(index).map_err(KernelError::from);
-                match opened.and_then(|g| CudaBackend::new(g, &format!("cuda:{index}"))) {
-                    Err(e) => Ok(cpu(&e.to_string())),
-                    Ok(backend) => {
-                        let device = Device::new(backend);
-                        let note = Some(format!("--device auto: {}", device.name()));
-                        Ok(Chosen { device: Some(device), note })
+            Self::Auto => match cuda::devices() {
+                Err(e) => none = Some(e.to_string()),
+                Ok(infos) => {
+                    for (index, info) in infos.into_iter().enumerate() {
+                        let free = cuda::open(index).and_then(|g| g.memory()).map(|m| m.0);
+                        let bytes = free.as_ref().map_or(0, |f| f.saturating_sub(GPU_MARGIN));
+                        let gpu = Gpu { bytes, display: info.display };
+                        let broken = free.err().map(|e| e.to_string());
+                        all.push(Found { index, info: info.to_string(), gpu, broken });
                     }
                 }
+            },
+        }
+        Ok(Gpus { choice: self.clone(), all, none })
+    }
+}
+
+impl Gpus {
+    /// Plans a run on them and `memory` bytes of the host. With GPUs named and rules that leave it open the model must fit them whole;
+    /// `auto` takes one GPU if that holds it, else all that serve no display together. Also what `auto` came to, for people.
+    ///
+    /// # Errors
+    /// Options that no session accepts.
+    pub fn fit(
+        &self,
+        model: &PlanModel,
+        o: &PlanOptions,
+        memory: u64,
+        rules: &Rules,
+    ) -> Result<(Fit, Option<String>), EngineError> {
+        let machine = Machine { memory, gpus: self.machine() };
+        let whole = Rules { gpu_layers: Some(usize::MAX), ..rules.clone() };
+        match self.choice {
+            DeviceChoice::Cpu => Ok((fit(model, o, &machine, &Rules::default())?, None)),
+            DeviceChoice::Cuda(_) if rules.is_open() => Ok((fit(model, o, &machine, &whole)?, None)),
+            DeviceChoice::Cuda(_) => Ok((fit(model, o, &machine, rules)?, None)),
+            DeviceChoice::Auto => {
+                if rules.is_open() && rules.main_gpu.is_none() && rules.split.is_empty() {
+                    for i in self.roomiest() {
+                        let alone = Rules { main_gpu: Some(i), ..whole.clone() };
+                        let plan = plan(model, o, &machine, &alone)?;
+                        if plan.fits() {
+                            let note = self.note(&plan, model);
+                            return Ok((Fit { plan, ways: Vec::new(), least: 0 }, Some(note)));
+                        }
+                    }
+                }
+                let found = fit(model, o, &machine, rules)?;
+                let note = self.note(&found.plan, model);
+                Ok((found, Some(note)))
             }
         }
     }
-}
 
-fn cpu(why: &str) -> Chosen {
-    Chosen { device: None, note: Some(format!("--device auto: the CPU; {why}")) }
-}
-
-fn fits(needs: &GpuNeeds, free: u64) -> Result<(), GpuError> {
-    if needs.total() + GPU_MARGIN <= free {
-        return Ok(());
+    /// What plans may use.
+    pub fn machine(&self) -> Vec<Gpu> {
+        self.all.iter().map(|f| f.gpu).collect()
     }
-    let bytes = usize::try_from(needs.total() + GPU_MARGIN).unwrap_or(usize::MAX);
-    Err(GpuError::Memory { what: "model, its cache and working memory", bytes, free })
-}
 
-/// The one with most free memory of those that hold the run and serve no display; why not, where there is none.
-fn best(all: &[Candidate], needs: &GpuNeeds) -> Result<usize, String> {
-    let why = |c: &Candidate| match &c.free {
-        Err(e) => Some(e.to_string()),
-        Ok(_) if c.info.display => Some(format!("cuda:{} serves a display: name it to use it", c.index)),
-        Ok(free) => fits(needs, *free).err().map(|e| e.to_string()),
-    };
-    let usable = all.iter().filter(|c| why(c).is_none());
-    let most = usable.max_by_key(|c| (c.free.as_ref().map_or(0, |f| *f), std::cmp::Reverse(c.index)));
-    match most {
-        Some(c) => Ok(c.index),
-        None if all.is_empty() => Err("the driver shows no GPU".into()),
-        None => Err(all.iter().filter_map(why).collect::<Vec<_>>().join("; ")),
+    /// Bytes that a plan takes of each GPU, as the driver counts them.
+    pub fn held(&self, plan: &Plan) -> Vec<(usize, u64)> {
+        let bytes = |(i, f): (usize, &Found)| Some((f.index, plan.devices.get(i + 1)?.resident()));
+        self.all.iter().enumerate().filter_map(bytes).filter(|h| h.1 > 0).collect()
+    }
+
+    /// Counts `bytes` of a GPU as free that something is going to give back.
+    pub fn give_back(&mut self, index: usize, bytes: u64) {
+        if let Some(f) = self.all.iter_mut().find(|f| f.index == index) {
+            f.gpu.bytes += bytes;
+        }
+    }
+
+    /// Those without a display, the one with most free memory first.
+    fn roomiest(&self) -> Vec<usize> {
+        let usable = |i: &usize| !self.all[*i].gpu.display && self.all[*i].broken.is_none();
+        let mut order: Vec<usize> = (0..self.all.len()).filter(usable).collect();
+        order.sort_by_key(|i| (Reverse(self.all[*i].gpu.bytes), *i));
+        order
+    }
+
+    /// What `auto` came to.
+    fn note(&self, plan: &Plan, model: &PlanModel) -> String {
+        let used = (0..self.all.len()).filter(|i| plan.devices[i + 1].resident() > 0);
+        let used: Vec<String> =
+            used.map(|i| format!("cuda:{} ({})", self.all[i].index, self.all[i].info)).collect();
+        if used.is_empty() {
+            return format!("--device auto: the CPU; {}", self.why_none());
+        }
+        let layers = model.n_layers() + 1;
+        let what = match (plan.gpu_layers >= layers, plan.cpu_moe) {
+            (true, 0) => "the whole model".into(),
+            (_, 0) => format!("{} of {layers} layers", plan.gpu_layers),
+            (_, n) => format!("{} of {layers} layers, the experts of {n} on the CPU", plan.gpu_layers),
+        };
+        format!("--device auto: {}: {what}", used.join(", "))
+    }
+
+    fn why_none(&self) -> String {
+        let why = |f: &Found| match &f.broken {
+            Some(why) => why.clone(),
+            None if f.gpu.display => format!("cuda:{} serves a display: name it to use it", f.index),
+            None => format!("cuda:{} has no room for any of it", f.index),
+        };
+        match &self.none {
+            Some(why) => why.clone(),
+            None if self.all.is_empty() => "the driver shows no GPU".into(),
+            None => self.all.iter().map(why).collect::<Vec<_>>().join("; "),
+        }
+    }
+
+    /// The same without any GPU, where the choice allows that.
+    pub fn without(&self, why: &str) -> Option<Self> {
+        let none = Some(why.to_owned());
+        let auto = self.choice == DeviceChoice::Auto && !self.all.is_empty();
+        auto.then(|| Self { choice: self.choice.clone(), all: Vec::new(), none })
+    }
+
+    /// Opens what the plan uses, the CPU with so many threads; `None`: the CPU alone.
+    ///
+    /// # Errors
+    /// A driver that does not take the kernels, a GPU that is gone.
+    pub fn open(&self, plan: &Plan, threads: usize) -> Result<Option<Devices>, EngineError> {
+        let used = plan.layout.used();
+        if used == [0] {
+            return Ok(None);
+        }
+        let mut all = Vec::new();
+        for d in &used {
+            all.push(match d.checked_sub(1).map(|i| self.all[i].index) {
+                None => Device::new(CpuBackend::new(threads)),
+                Some(index) => {
+                    let gpu = cuda::open(index).map_err(KernelError::from)?;
+                    Device::new(CudaBackend::new(gpu, &format!("cuda:{index}"))?)
+                }
+            });
+        }
+        let place = |d: usize| used.iter().position(|u| *u == d).unwrap_or(0);
+        Ok(Some(Devices::new(all, plan.layout.renumbered(place))?))
     }
 }
 
@@ -146,34 +245,50 @@ mod tests {
 
     #[test]
     fn names() {
-        for (s, want) in
-            [("cpu", DeviceChoice::Cpu), ("CUDA:12", DeviceChoice::Cuda(12)), ("auto", DeviceChoice::Auto)]
-        {
-            assert_eq!(s.parse(), Ok(want));
+        for (s, want) in [
+            ("cpu", DeviceChoice::Cpu),
+            ("CUDA:12", DeviceChoice::Cuda(vec![12])),
+            ("cuda:1,cuda:0,cuda:1", DeviceChoice::Cuda(vec![1, 0, 1])),
+            ("auto", DeviceChoice::Auto),
+        ] {
+            assert_eq!(s.parse(), Ok(want.clone()));
             assert_eq!(want.to_string(), s.to_lowercase());
         }
-        for s in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda:99999999999999999999"] {
+        let wrong = [
+            "",
+            "gpu",
+            "cuda:",
+            "cuda:-1",
+            "cuda:+1",
+            "cuda:x",
+            "cuda:99999999999999999999",
+            "cpu,cuda:0",
+            "cuda:0,",
+        ];
+        for s in wrong {
             assert!(s.parse::<DeviceChoice>().is_err(), "{s}");
         }
     }
 
     #[test]
     fn auto_takes_the_roomiest_without_a_display() {
-        let gpu = |index, gib: u64, display| Candidate {
+        let gpu = |index, bytes, display| Found {
             index,
-            info: GpuInfo { name: "test".into(), capability: (8, 9), display },
-            free: Ok(gib << 30),
+            info: String::new(),
+            gpu: Gpu { bytes, display },
+            broken: None,
         };
-        let needs = GpuNeeds { weights: 8 << 30, kv: 1 << 30, scratch: 1 << 20 };
-        assert_eq!(
-            best(&[gpu(0, 10, false), gpu(1, 24, false), gpu(2, 24, false), gpu(3, 48, true)], &needs),
-            Ok(1)
+        let lost = Found { broken: Some("gone".into()), ..gpu(4, 96, false) };
+        let all = vec![gpu(0, 10, false), gpu(1, 24, false), gpu(2, 24, false), gpu(3, 48, true), lost];
+        let gpus = Gpus { choice: DeviceChoice::Auto, all, none: None };
+        assert_eq!(gpus.roomiest(), [1, 2, 0]);
+        let why = gpus.why_none();
+        assert!(
+            ["gone", "cuda:3 serves a display", "cuda:1 has no room"].iter().all(|p| why.contains(p)),
+            "{why}"
         );
-        let lost = Candidate { free: Err(GpuError::Lost { why: "gone".into() }), ..gpu(0, 0, false) };
-        let why = best(&[lost, gpu(1, 9, false), gpu(2, 80, true)], &needs).unwrap_err();
-        assert!(why.contains("gone") && why.contains("out of GPU memory") && why.contains("cuda:2"), "{why}");
-        assert!(best(&[], &needs).is_err());
-        assert!(fits(&needs, needs.total() + GPU_MARGIN).is_ok());
-        assert!(fits(&needs, needs.total() + GPU_MARGIN - 1).is_err());
+        let none = gpus.without("no driver").expect("auto goes on");
+        assert!(none.without("again").is_none() && none.why_none() == "no driver");
+        assert!(Gpus { choice: DeviceChoice::Cuda(vec![0]), ..gpus }.without("no").is_none());
     }
 }

@@ -49,13 +49,17 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// Bytes that a text of so many tokens takes while it is embedded.
+    /// Bytes of the host that a text of so many tokens takes while it is embedded.
     ///
     /// # Errors
     /// As [`Embedding::new`].
     pub fn bytes(model: &Arc<Model>, tokens: usize) -> Result<u64, EngineError> {
-        let needs = of_context(model.network(), &options(tokens), 1, model.devices())?;
-        Ok(needs.kv.iter().sum::<u64>() + needs.activations + needs.scratch)
+        let on = model.devices();
+        let (needs, passes) = of_context(model.network(), &options(tokens), 1)?;
+        let (_, work) = passes.runner(model.network(), &on.metered(model.threads()))?;
+        let work = on.all().iter().zip(work).filter(|(d, _)| d.is_host()).map(|(_, w)| w.total());
+        let kv = needs.kv.iter().enumerate().filter(|(l, _)| on.layer(*l).is_host()).map(|(_, b)| b);
+        Ok(kv.sum::<u64>() + work.sum::<u64>())
     }
 
     /// Allocates a cache of its own for `tokens`.

@@ -95,6 +95,7 @@ pub struct Model {
     info: ModelInfo,
     network: Arc<dyn Network>,
     devices: Devices,
+    threads: usize,
     vocab: Vocab,
     chat: ChatTemplate,
     file: File,
@@ -143,7 +144,7 @@ impl Model {
         let info = describe(&file, &*network, &devices)?;
         // What was read of a file that was cut off meanwhile is not what it held.
         file.check()?;
-        Ok(Arc::new(Self { info, network, devices, vocab, chat, file, pager }))
+        Ok(Arc::new(Self { info, network, devices, threads: options.threads, vocab, chat, file, pager }))
     }
 
     /// What the file says of itself.
@@ -177,6 +178,10 @@ impl Model {
 
     pub(crate) fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
     }
 
     /// What tells this model from others: its architecture, its tensors' names, shapes and types, and the first bytes of each.

@@ -4,7 +4,8 @@
 use crate::EngineError;
 use crate::model::{Network, Piece};
 use crate::plan::Part;
-use kernels::{Buf, Device, Limits, ViewMut, Weight};
+use kernels::{Buf, Device, Limits, ViewMut, Weight, gpu_meter, meter};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// The devices of a layer, by their places in a list.
@@ -39,6 +40,19 @@ impl Layout {
             (Part::Embeddings, _) | (_, None) => None,
             (_, Some(i)) => Some(self.spot(i).layer),
         }
+    }
+
+    /// The devices that it names, in ascending order; the first where it names none.
+    pub fn used(&self) -> Vec<usize> {
+        let spots = self.layers.iter().flat_map(|s| [s.layer, s.experts]);
+        let used: BTreeSet<usize> = spots.chain([self.head]).collect();
+        used.into_iter().collect()
+    }
+
+    /// The same with other numbers for devices.
+    pub fn renumbered(&self, place: impl Fn(usize) -> usize) -> Self {
+        let spot = |s: &Spot| Spot { layer: place(s.layer), experts: place(s.experts) };
+        Self { layers: self.layers.iter().map(spot).collect(), head: place(self.head) }
     }
 
     /// What the operations of `net` that run on device `d` will ask of it, for passes of `tokens` rows over `slots` cache entries.
@@ -119,6 +133,12 @@ impl Devices {
     pub(crate) fn uses(&self, d: usize, n_layers: usize) -> bool {
         self.layout.head == d
             || (0..n_layers).map(|i| self.layout.spot(i)).any(|s| s.layer == d || s.experts == d)
+    }
+
+    /// The same laid out over devices that only count; those on the host as ones of so many threads.
+    pub(crate) fn metered(&self, threads: usize) -> Self {
+        let stand_in = |d: &Device| if d.is_host() { meter(threads).0 } else { gpu_meter().0 };
+        Self { all: self.all.iter().map(stand_in).collect(), layout: self.layout.clone() }
     }
 
     /// The same with counts of their own ([`Device::counting`]).

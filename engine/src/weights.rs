@@ -17,12 +17,29 @@ pub struct Loader<'a> {
     taken: RefCell<HashSet<String>>,
     /// Tensors that must be in parts of the model that are not there, as they probably are.
     guessed: RefCell<HashMap<String, TensorInfo>>,
+    /// Bytes of each tensor on a GPU.
+    on_gpu: RefCell<HashMap<String, u64>>,
+}
+
+/// What a loader saw.
+pub struct Seen {
+    /// Tensors of parts that are not there.
+    pub guessed: Vec<TensorInfo>,
+    /// Bytes of each tensor on a GPU; those that are not listed are never copied there.
+    pub on_gpu: HashMap<String, u64>,
 }
 
 impl<'a> Loader<'a> {
     /// A loader of `file` for these devices.
     pub fn new(file: &'a File, on: &'a Devices, pager: Arc<Pager>) -> Self {
-        Self { file, on, pager, taken: RefCell::default(), guessed: RefCell::default() }
+        Self {
+            file,
+            on,
+            pager,
+            taken: RefCell::default(),
+            guessed: RefCell::default(),
+            on_gpu: RefCell::default(),
+        }
     }
 
     /// What a forward pass tells where it is.
@@ -92,10 +109,12 @@ impl<'a> Loader<'a> {
             });
         }
         self.taken.borrow_mut().insert(name.into());
-        Ok(match self.file.has_data() {
+        let weight = match self.file.has_data() {
             true => Weight::host(t.dtype, count, rows, cols, self.file.bytes(&t))?,
             false => Weight::unbacked(t.dtype, count, rows, cols)?,
-        })
+        };
+        self.on_gpu.borrow_mut().insert(name.into(), kernels::cuda::weight_bytes(&weight) as u64);
+        Ok(weight)
     }
 
     /// A matrix `[rows, cols]`.
@@ -124,6 +143,7 @@ impl<'a> Loader<'a> {
     /// A vector, widened to f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vector, EngineError> {
         let host = Vector::new(self.read(name, len)?);
+        self.on_gpu.borrow_mut().insert(name.into(), 4 * len as u64);
         Ok(match self.on.of(name) {
             Some(device) => device.upload_vector(host)?,
             None => host,
@@ -165,11 +185,14 @@ impl<'a> Loader<'a> {
         self.taken.borrow_mut().insert(name.into());
     }
 
-    /// Refuses the model if the file has a tensor that nothing took. Returns the tensors of parts that are not there.
-    pub fn finish(self) -> Result<Vec<TensorInfo>, EngineError> {
+    /// Refuses the model if the file has a tensor that nothing took.
+    pub fn finish(self) -> Result<Seen, EngineError> {
         let taken = self.taken.into_inner();
         match self.file.tensors().iter().find(|t| !taken.contains(&t.name)) {
-            None => Ok(self.guessed.into_inner().into_values().collect()),
+            None => Ok(Seen {
+                guessed: self.guessed.into_inner().into_values().collect(),
+                on_gpu: self.on_gpu.into_inner(),
+            }),
             Some(t) => Err(EngineError::Unsupported(format!(
                 "tensor {} is not one this engine implements for this architecture",
                 t.name

@@ -2,7 +2,7 @@
 //! nothing that stays is allocated once a session is open.
 
 use benches::synth::{self, Experts, Geometry, Types};
-use engine::plan::{Access, Load, Machine, PlanModel, PlanOptions, Rules, place};
+use engine::plan::{Access, Machine, PlanModel, PlanOptions, Rules, fit};
 use engine::{DType, Embedding, LoadOptions, Model, Pooling, Session, SessionOptions};
 use ref_tests::root;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -77,19 +77,11 @@ fn check(path: &Path, c: &Case) {
         let m = PlanModel::open(path).expect("headers");
         let access = if c.mmap { Access::Mapped } else { Access::Read };
         let o = PlanOptions { session: session.clone(), parallel: 1, access, pinned: 0, threads: 2 };
-        let needs = m.needs(&o).expect("possible options");
-        let l = Load {
-            weights: m.weights(),
-            layers: m.n_layers(),
-            tied: m.tied(),
-            needs: &needs,
-            access,
-            parallel: 1,
-            pinned: 0,
-        };
-        let p = place(l, &Machine { memory: u64::MAX, gpus: vec![] }, &Rules::default());
+        let sizing = m.sizing(&o).expect("possible options");
+        let machine = Machine { memory: u64::MAX, gpus: vec![] };
+        let p = fit(&m, &o, &machine, &Rules::default()).expect("possible options").plan;
         // Nothing here samples.
-        ((p.resident_bytes() - needs.sampling) as f64, needs.policy as usize)
+        ((p.resident_bytes() - sizing.needs.sampling) as f64, sizing.needs.policy as usize)
     };
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);

@@ -16,7 +16,7 @@ fn planned(path: &Path) -> (Vec<WeightFact>, Needs, usize) {
     let m = PlanModel::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut weights = m.weights().to_vec();
     weights.sort_by(|a, b| a.name.cmp(&b.name));
-    (weights, m.needs(&options()).expect("possible options"), m.guessed())
+    (weights, m.sizing(&options()).expect("possible options").needs, m.guessed())
 }
 
 fn types() -> Types {

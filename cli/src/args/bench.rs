@@ -1,6 +1,5 @@
 //! Arguments of `bench`: llama-bench's, every number a list (`a,b`) or range (`first-last+step`, `first-last*factor`).
 
-use super::place::PlacementArgs;
 use super::shared::{KvArg, MemoryArgs, cores, parse_cache_type};
 use crate::cmd::bench::{Config, Format, Setup, Test};
 use crate::model::Source;
@@ -65,8 +64,6 @@ pub struct BenchArgs {
     kv: KvArg,
     #[command(flatten)]
     memory: MemoryArgs,
-    #[command(flatten)]
-    place: PlacementArgs,
     /// Show progress on stderr
     #[arg(long, short)]
     verbose: bool,
@@ -85,7 +82,7 @@ impl BenchArgs {
         if self.parallel.0.iter().any(|n| !(1..=65536).contains(n)) {
             super::usage("bench", "--parallel must be from 1 to 65536");
         }
-        self.place.resolve().on_cpu()?;
+        let memory = self.memory.resolve()?;
         let mut setups = Vec::new();
         for model in self.models.iter().chain(&self.more) {
             let source = Source::named(model)?;
@@ -95,7 +92,7 @@ impl BenchArgs {
                         self.ctk.iter().flat_map(|k| self.ctv.iter().map(move |v| (k, v)))
                     {
                         let (source, kv) = (source.clone(), self.kv.get());
-                        let memory = self.memory.resolve();
+                        let memory = memory.clone();
                         setups.push(Setup { source, memory, threads, batch, cache_k, cache_v, kv });
                     }
                 }

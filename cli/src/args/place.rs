@@ -1,7 +1,9 @@
-//! Arguments that say what goes to which device: part of all commands that load or plan a model.
+//! Arguments that say what computes, and what goes to which device: part of all commands that load or plan a model.
 
 use crate::model::Placement;
+use anyhow::{Result, bail};
 use clap::Args;
+use engine::device::DeviceChoice;
 use engine::plan::Device;
 use regex::Regex;
 
@@ -9,7 +11,11 @@ use regex::Regex;
 #[derive(Args)]
 #[command(next_help_heading = "Placement")]
 pub struct PlacementArgs {
-    /// Layers on GPUs, from the last; the output counts as one (-ngl) [default: as many as fit]
+    /// What computes: cpu; cuda:N (a NVIDIA GPU), cuda:0,cuda:1 (several); or auto: GPUs as far as the model fits them, else the
+    /// CPU [default: cpu, or auto where an option below speaks of GPUs]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
+    /// Layers on GPUs, from the last; the output counts as one (-ngl) [default: all; with auto as many as fit]
     #[arg(long, alias = "num-gpu", value_name = "N")]
     gpu_layers: Option<usize>,
     /// Use this GPU alone (counted from 0)
@@ -24,24 +30,40 @@ pub struct PlacementArgs {
     /// Keep the routed experts of the first N layers on the CPU
     #[arg(long, value_name = "N", overrides_with = "cpu_moe")]
     n_cpu_moe: Option<usize>,
-    /// Tensors whose names match a regular expression go to CPU, GPU0, GPU1 ... (-ot; repeatable)
+    /// Tensors whose names match a regular expression go to CPU, GPU0, GPU1 ... (-ot; repeatable): whole layers, the routed
+    /// experts of layers, or the output
     #[arg(long, value_name = "PATTERN=DEVICE", value_parser = rule)]
     override_tensor: Vec<(Regex, Device)>,
 }
 
 impl PlacementArgs {
-    pub fn resolve(self) -> Placement {
-        Placement {
+    /// What computes, and where parts of a model should go.
+    ///
+    /// # Errors
+    /// GPUs asked for and forbidden in one.
+    pub fn resolve(&self) -> Result<(DeviceChoice, Placement)> {
+        let place = Placement {
             gpu_layers: self.gpu_layers,
             main_gpu: self.main_gpu,
-            split: self.tensor_split,
+            split: self.tensor_split.clone(),
             cpu_moe: if self.cpu_moe { Some(usize::MAX) } else { self.n_cpu_moe },
-            tensors: self.override_tensor,
-        }
+            tensors: self.override_tensor.clone(),
+        };
+        let device = match &self.device {
+            Some(DeviceChoice::Cpu) if place.asks_for_gpus() => {
+                bail!(
+                    "--device cpu leaves nothing for GPUs to do: choose --device auto or cuda:0, or no other placement"
+                )
+            }
+            Some(device) => device.clone(),
+            None if place == Placement::default() || place.gpu_layers == Some(0) => DeviceChoice::Cpu,
+            None => DeviceChoice::Auto,
+        };
+        Ok((device, place))
     }
 }
 
-fn rule(s: &str) -> Result<(Regex, Device), String> {
+fn rule(s: &str) -> std::result::Result<(Regex, Device), String> {
     let (pattern, device) =
         s.rsplit_once('=').ok_or_else(|| format!("{s:?} is not of the form PATTERN=DEVICE"))?;
     let name = device.to_ascii_lowercase();

@@ -3,7 +3,6 @@
 use super::shared::{BatchArg, CacheArgs, LoadArgs, ModelArgs, size};
 use crate::cmd::plan::Config;
 use crate::gpus;
-use crate::store::parameters::Parameters;
 use clap::Args;
 use engine::DType;
 use engine::plan::Gpu;
@@ -16,7 +15,7 @@ use engine::plan::Gpu;
     rsinfer plan model-00001-of-00030.gguf --memory 64GiB --gpu 24GiB\n  \
     rsinfer plan model.gguf --memory 64GiB --gpu '24GiB,8GiB(display)' --cpu-moe --json\n\n\
     Headers are enough: a file without its data, or the first part of a split one. Where a plan does not fit, the flags that\n\
-    do are printed. Splitting a model over GPUs and the CPU can be planned; running takes it whole, on the CPU or on one GPU (--device).")]
+    do are printed. With --device the GPUs of this machine are planned for, as a run with the same flags does it.")]
 pub struct PlanArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -56,7 +55,7 @@ enum GpuArg {
 
 impl PlanArgs {
     pub fn resolve(self) -> anyhow::Result<Config> {
-        let (load, place) = self.load.placed(&Parameters::default(), self.model.source()?);
+        let load = self.load.resolve(self.model.source()?)?;
         let mut gpus = Vec::new();
         for g in self.gpu {
             match g {
@@ -70,7 +69,6 @@ impl PlanArgs {
             parallel: self.parallel as usize,
             memory: self.memory,
             gpus,
-            place,
             fit: self.fit,
             json: self.json,
         })

@@ -21,7 +21,7 @@ const CHUNK: usize = 128;
     curl localhost:11434/api/chat -d '{\"model\":\"demo\",\"messages\":[{\"role\":\"user\",\"content\":\"Hello!\"}]}'\n\n\
     Environment, where no flag says otherwise: OLLAMA_HOST, OLLAMA_KEEP_ALIVE, OLLAMA_NUM_PARALLEL, OLLAMA_MAX_QUEUE,\n\
     OLLAMA_MAX_LOADED_MODELS, OLLAMA_CONTEXT_LENGTH, OLLAMA_KV_CACHE_TYPE, OLLAMA_LOAD_TIMEOUT, OLLAMA_ORIGINS, OLLAMA_DEBUG.\n\
-    Those about GPUs (OLLAMA_GPU_OVERHEAD, OLLAMA_SCHED_SPREAD) are read and of no effect: only the CPU runs models so far.\n\
+    Those about GPUs (OLLAMA_GPU_OVERHEAD, OLLAMA_SCHED_SPREAD) are read and of no effect; --device says what computes.\n\
     SIGTERM or Ctrl-C finishes the answers under way; a second one ends at once. TLS is left to a proxy.")]
 pub struct ServeArgs {
     /// Where to listen, HOST:PORT [default: 127.0.0.1:11434]
@@ -125,7 +125,7 @@ impl ServeArgs {
         let gpus = parsed("OLLAMA_GPU_OVERHEAD", |s| s.parse::<u64>().ok()).is_some_and(|n| n > 0);
         if gpus || parsed("OLLAMA_SCHED_SPREAD", truth) == Some(true) {
             eprintln!(
-                "note: OLLAMA_GPU_OVERHEAD and OLLAMA_SCHED_SPREAD are of no effect: only the CPU runs models so far"
+                "note: OLLAMA_GPU_OVERHEAD and OLLAMA_SCHED_SPREAD are of no effect: --device says what computes"
             );
         }
         if parsed("OLLAMA_NOPRUNE", truth) == Some(false) {

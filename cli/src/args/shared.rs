@@ -1,7 +1,7 @@
 //! Groups of options that several commands share, and how their values are read.
 
 use super::place::PlacementArgs;
-use crate::model::{LoadConfig, MemoryConfig, Placement, SessionConfig, Source};
+use crate::model::{LoadConfig, MemoryConfig, SessionConfig, Source};
 use crate::store::parameters::Parameters;
 use anyhow::Result;
 use clap::Args;
@@ -35,16 +35,11 @@ pub struct LoadArgs {
     threads: Option<u16>,
     #[command(flatten)]
     memory: MemoryArgs,
-    #[command(flatten)]
-    place: PlacementArgs,
 }
 
 /// What computes; how weights get into memory, and stay there.
 #[derive(Args)]
 pub struct MemoryArgs {
-    /// What computes: cpu, cuda:N (a NVIDIA GPU that holds the whole model), or auto: a GPU if one can be used and the model fits
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    device: DeviceChoice,
     /// Map the file: pages are read when they are used (the default)
     #[arg(long, overrides_with_all = ["no_mmap", "mlock"])]
     mmap: bool,
@@ -60,16 +55,21 @@ pub struct MemoryArgs {
     /// On a machine with several memory nodes: deal pages to all (distribute), stay on one (isolate), as started (numactl)
     #[arg(long, value_name = "HOW", value_parser = numa)]
     numa: Option<Numa>,
+    #[command(flatten)]
+    place: PlacementArgs,
 }
 
 impl MemoryArgs {
-    pub fn resolve(&self) -> MemoryConfig {
+    /// # Errors
+    /// GPUs asked for and forbidden in one.
+    pub fn resolve(&self) -> Result<MemoryConfig> {
         let access = match (self.no_mmap, self.mlock) {
             (true, _) => Access::Read,
             (_, true) => Access::Locked,
             _ => Access::Mapped,
         };
-        MemoryConfig { device: self.device, access, pin_experts: self.pin_experts, numa: self.numa }
+        let (device, place) = self.place.resolve()?;
+        Ok(MemoryConfig { device, place, access, pin_experts: self.pin_experts, numa: self.numa })
     }
 }
 
@@ -84,21 +84,14 @@ fn numa(s: &str) -> Result<Numa, String> {
 
 impl LoadArgs {
     /// # Errors
-    /// What only a GPU could do.
+    /// As [`MemoryArgs::resolve`].
     pub fn resolve(self, source: Source) -> Result<LoadConfig> {
         self.resolve_of(&Parameters::default(), source)
     }
 
     /// As [`LoadArgs::resolve`]; what the command line leaves out is what a stored model says.
     pub fn resolve_of(self, p: &Parameters, source: Source) -> Result<LoadConfig> {
-        let (load, place) = self.placed(p, source);
-        place.on_cpu()?;
-        Ok(load)
-    }
-
-    /// The same for plans, which know GPUs.
-    pub fn placed(self, p: &Parameters, source: Source) -> (LoadConfig, Placement) {
-        let mut memory = self.memory.resolve();
+        let mut memory = self.memory.resolve()?;
         if memory.access == Access::Mapped && !self.memory.mmap {
             memory.access = match (p.boolean("use_mmap"), p.boolean("use_mlock")) {
                 (Some(false), _) => Access::Read,
@@ -106,10 +99,15 @@ impl LoadArgs {
                 _ => Access::Mapped,
             };
         }
+        if memory.device != DeviceChoice::Cpu {
+            let (layers, main) = (p.size("num_gpu"), p.size("main_gpu").filter(|n| *n > 0));
+            memory.place.gpu_layers = memory.place.gpu_layers.or(layers);
+            memory.place.main_gpu = memory.place.main_gpu.or(main);
+        }
         let stored =
             p.int("num_thread").and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1024).contains(n));
         let threads = self.threads.map(usize::from).or(stored).unwrap_or_else(cores);
-        (LoadConfig { source, memory, threads }, self.place.resolve())
+        Ok(LoadConfig { source, memory, threads })
     }
 }
 

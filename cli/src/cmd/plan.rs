@@ -1,9 +1,8 @@
 //! `plan`: where every byte of a run would go, and what to change if it does not fit. Loads nothing.
 
-use crate::model::{LoadConfig, Placement, SessionConfig};
+use crate::model::{LoadConfig, SessionConfig};
 use crate::output;
 use anyhow::{Result, bail};
-use engine::device::{DeviceChoice, GPU_MARGIN};
 use engine::plan::{
     Device, DevicePlan, Fit, Gpu, Machine, Part, Plan, PlanModel, PlanOptions, available_memory, fit,
 };
@@ -18,7 +17,6 @@ pub struct Config {
     /// `None`: what this machine has left.
     pub memory: Option<u64>,
     pub gpus: Vec<Gpu>,
-    pub place: Placement,
     pub fit: bool,
     pub json: bool,
 }
@@ -28,7 +26,6 @@ pub fn run(c: &Config) -> Result<()> {
     let Some(memory) = c.memory.or_else(available_memory) else {
         bail!("this system does not say how much memory is left: give it with --memory");
     };
-    let machine = Machine { memory, gpus: c.gpus.clone() };
     let options = PlanOptions {
         session: c.session.options(c.session.ctx(model.ctx_train())?),
         parallel: c.parallel,
@@ -36,41 +33,23 @@ pub fn run(c: &Config) -> Result<()> {
         pinned: c.load.memory.pin_experts,
         threads: c.load.threads,
     };
-    let found = fit(&model, &options, &machine, &c.place.rules(&model, &machine)?)?;
-    let on_gpu = match c.load.memory.device {
-        DeviceChoice::Cpu => None,
-        _ => Some(c.load.gpu_needs([(&options.session, options.parallel)])?),
+    let (found, note) = if c.gpus.is_empty() {
+        let gpus = c.load.memory.device.look()?;
+        c.load.fit(&gpus, &model, &options, memory)?
+    } else {
+        let machine = Machine { memory, gpus: c.gpus.clone() };
+        (fit(&model, &options, &machine, &c.load.memory.place.rules(&model, c.gpus.len())?)?, None)
     };
+    if let Some(note) = note {
+        eprintln!("note: {note}");
+    }
     let chosen = found.ways.first().filter(|_| c.fit);
     let (plan, options) = chosen.map_or((&found.plan, &options), |w| (&w.plan, &w.options));
     let changed = chosen.map(|w| w.flags());
+    let changed = changed.as_deref();
     let text = match c.json {
-        true => {
-            let mut json = as_json(c, &model, options, plan, &found, changed.as_deref());
-            if let Some(n) = &on_gpu {
-                json["whole_on_one_gpu"] = json!({
-                    "weights_bytes": n.weights, "kv_bytes": n.kv, "scratch_bytes": n.scratch,
-                    "margin_bytes": GPU_MARGIN, "total_bytes": n.total() + GPU_MARGIN,
-                });
-            }
-            serde_json::to_string_pretty(&json)? + "\n"
-        }
-        false => {
-            let mut text = as_text(c, &model, options, plan, &found, changed.as_deref())?;
-            if let Some(n) = &on_gpu {
-                writeln!(
-                    text,
-                    "\nWhole on one GPU (--device {}): {}: weights {}, cache {}, activations and scratch {}, margin {}.",
-                    c.load.memory.device,
-                    output::bytes(n.total() + GPU_MARGIN),
-                    output::bytes(n.weights),
-                    output::bytes(n.kv),
-                    output::bytes(n.scratch),
-                    output::bytes(GPU_MARGIN)
-                )?;
-            }
-            text
-        }
+        true => serde_json::to_string_pretty(&as_json(c, &model, options, plan, &found, changed))? + "\n",
+        false => as_text(&model, options, plan, &found, changed)?,
     };
     Ok(output::print(&text)?)
 }
@@ -124,14 +103,7 @@ fn as_json(
     })
 }
 
-fn as_text(
-    c: &Config,
-    m: &PlanModel,
-    o: &PlanOptions,
-    p: &Plan,
-    found: &Fit,
-    changed: Option<&str>,
-) -> Result<String> {
+fn as_text(m: &PlanModel, o: &PlanOptions, p: &Plan, found: &Fit, changed: Option<&str>) -> Result<String> {
     let (mut t, s) = (String::new(), &o.session);
     let weights: u64 = m.weights().iter().map(|w| w.bytes).sum();
     writeln!(
@@ -163,8 +135,7 @@ fn as_text(
     if let Some(flags) = changed {
         writeln!(t, "To make it fit: {flags}\n")?;
     }
-    let used: Vec<&DevicePlan> =
-        p.devices.iter().filter(|d| d.device == Device::Cpu || !c.gpus.is_empty()).collect();
+    let used: Vec<&DevicePlan> = p.devices.iter().collect();
     let mut row = |name: &str, f: &dyn Fn(&DevicePlan) -> String| {
         let cells: String = used.iter().map(|d| format!("{:>24}", f(d))).collect();
         if cells.trim().is_empty() { Ok(()) } else { writeln!(t, "  {name:<18}{cells}") }
@@ -206,7 +177,7 @@ fn as_text(
     if p.uses_gpu() {
         writeln!(
             t,
-            "\n{} of {} layers on GPUs, the output counted as one; experts of {} layers on the CPU. Running does not split models yet: --device cuda:0 takes a whole one.",
+            "\n{} of {} layers on GPUs, the output counted as one; experts of {} layers on the CPU.",
             p.gpu_layers,
             m.n_layers() + 1,
             p.cpu_moe

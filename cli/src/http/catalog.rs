@@ -127,8 +127,9 @@ pub async fn ps(State(app): State<Arc<App>>) -> Json<Value> {
     let ever = "2318-01-01T00:00:00Z";
     let entry = |(expires, l): &(Option<SystemTime>, Arc<Loaded>)| {
         let details = app.known.details(&l.resolved).unwrap_or_default();
-        json!({"name": l.resolved.name, "model": l.resolved.name, "size": l.resident + l.mapped,
-            "digest": l.resolved.digest, "details": details, "size_vram": 0, "context_length": l.ctx,
+        let vram = l.on_gpus.iter().map(|g| g.1).sum::<u64>();
+        json!({"name": l.resolved.name, "model": l.resolved.name, "size": l.resident + l.mapped + vram,
+            "digest": l.resolved.digest, "details": details, "size_vram": vram, "context_length": l.ctx,
             "expires_at": expires.map_or(ever.into(), time), "parallel": l.parallel, "kv": l.kv.to_string(),
             "resident": l.resident, "mapped": l.mapped})
     };

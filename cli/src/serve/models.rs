@@ -11,8 +11,9 @@ use crate::cmd::plan::refusal;
 use crate::memory::Resident;
 use crate::model::{LoadConfig, Source};
 use crate::store::Resolved;
+use engine::device::Gpus;
 use engine::gguf::Progress;
-use engine::plan::{DevicePlan, Machine, PlanModel, PlanOptions, Rules, Way, available_memory, fit};
+use engine::plan::{DevicePlan, Plan, PlanModel, PlanOptions, Way, available_memory};
 use engine::text::ChatTemplate;
 use engine::{Context, DType, KvSpec, SessionOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -76,6 +77,8 @@ pub struct Loaded {
     pub mapped: u64,
     /// The same, by what the memory is for.
     pub plan: DevicePlan,
+    /// Bytes on GPUs, by their number at the driver.
+    pub on_gpus: Vec<(usize, u64)>,
     grammars: OnceLock<Result<Grammars, FormatError>>,
     usage: Mutex<Usage>,
 }
@@ -85,6 +88,13 @@ struct Usage {
     keep: KeepAlive,
     /// Since when nobody uses it.
     idle: Instant,
+}
+
+/// What a model is to take, and of what.
+struct Planned {
+    plan: Plan,
+    gpus: Gpus,
+    note: Option<String>,
 }
 
 /// Use of a loaded model: while there is one, the model stays.
@@ -285,7 +295,7 @@ impl Models {
     async fn headers(&self, model: &Resolved, wish: &LoadWish) -> Result<(PlanModel, LoadConfig), Failure> {
         let load = LoadConfig {
             source: model.source.clone(),
-            memory: wish.memory(self.config.memory),
+            memory: wish.memory(self.config.memory.clone()),
             threads: wish.threads.unwrap_or(self.config.threads).min(1024),
         };
         let read = tokio::task::spawn_blocking(move || load.headers().map(|h| (h, load)));
@@ -333,7 +343,7 @@ impl Models {
         load: &LoadConfig,
         wish: &LoadWish,
         others: &[Arc<Loaded>],
-    ) -> Result<(SessionOptions, DevicePlan), Failure> {
+    ) -> Result<(SessionOptions, Planned), Failure> {
         let c = &self.config;
         let trained = headers.ctx_train();
         let ctx = match wish.ctx.or(c.ctx) {
@@ -358,9 +368,15 @@ impl Models {
             threads: load.threads,
         };
         options.session.kv = self.keep(wish, ctx);
-        let machine = Machine { memory: self.room(others, *self.lent()), gpus: Vec::new() };
-        let invalid = |e: engine::EngineError| Failure::invalid(e.to_string());
-        let found = fit(headers, &options, &machine, &Rules::default()).map_err(invalid)?;
+        let internal = |e: engine::EngineError| Failure::Internal(e.to_string());
+        let mut gpus = load.memory.device.look().map_err(internal)?;
+        // Those that are to go give back what they hold.
+        for l in self.list().iter().filter(|l| !others.iter().any(|o| Arc::ptr_eq(o, l))) {
+            l.on_gpus.iter().for_each(|(index, bytes)| gpus.give_back(*index, *bytes));
+        }
+        let room = self.room(others, *self.lent());
+        let invalid = |e: anyhow::Error| Failure::invalid(format!("{e:#}"));
+        let (found, note) = load.fit(&gpus, headers, &options, room).map_err(invalid)?;
         // Smaller sizes, where none was asked for.
         let same = |w: &&Way| w.options.parallel == options.parallel && w.options.access == options.access;
         let way = found.ways.iter().find(same).filter(|_| wish.ctx.is_none() && others.is_empty());
@@ -379,7 +395,7 @@ impl Models {
                 &w.plan
             }
         };
-        Ok((options.session, plan.devices[0].clone()))
+        Ok((options.session, Planned { plan: plan.clone(), gpus, note }))
     }
 
     /// Bytes left when `others` and embeddings have all that they were promised.
@@ -427,16 +443,20 @@ impl Models {
         model: &Resolved,
         load: LoadConfig,
         (session, own_kv): (SessionOptions, bool),
-        plan: DevicePlan,
+        planned: Planned,
     ) -> Result<Loaded, Failure> {
         let c = &self.config;
         let sizes = Sizes { parallel: c.parallel, chunk: c.chunk, queue: c.max_queue };
         let (ctx, kv) = (session.ctx, session.kv.clone());
         let types = [Some(session.cache_k), Some(session.cache_v), session.cache_k_pe];
+        let host = planned.plan.devices[0].clone();
+        let on_gpus = planned.gpus.held(&planned.plan);
         let progress = Arc::new(Progress::default());
         let read = progress.clone();
         let open: Open = Box::new(move || {
-            let on = load.choose([(&session, sizes.parallel)])?;
+            let Planned { plan, gpus, note } = &planned;
+            // Where `auto` finds that a driver refuses, the CPU has it all.
+            let on = load.open(&mut gpus.clone(), plan, note.as_deref())?.unwrap_or_default();
             let (model, _) = load.load_with(on, &read)?;
             let context = Context::new(&model, &session, sizes.parallel)?;
             Ok(Opened { model, passes: Box::new(context) })
@@ -461,9 +481,10 @@ impl Models {
             kv,
             own_kv,
             types,
-            resident: plan.resident(),
-            mapped: plan.mapped(),
-            plan,
+            resident: host.resident(),
+            mapped: host.mapped(),
+            plan: host,
+            on_gpus,
             grammars: OnceLock::new(),
             usage: Mutex::new(Usage { leases: 0, keep: c.keep_alive, idle: Instant::now() }),
         })

@@ -4,6 +4,7 @@
 use super::failure::Failure;
 use crate::model::MemoryConfig;
 use crate::store::parameters::{Kind, Parameters, kind};
+use engine::device::DeviceChoice;
 use engine::plan::Access;
 use engine::{DType, KvSpec, SamplerOptions};
 use serde_json::{Map, Value};
@@ -33,17 +34,31 @@ pub struct LoadWish {
     pub mmap: Option<bool>,
     pub mlock: Option<bool>,
     pub threads: Option<usize>,
+    /// Layers on GPUs, as Ollama counts them.
+    pub gpu_layers: Option<usize>,
+    /// The one GPU to use.
+    pub main_gpu: Option<usize>,
 }
 
 impl LoadWish {
-    /// How weights get into memory, where the server was told `m`.
-    pub fn memory(&self, m: MemoryConfig) -> MemoryConfig {
+    /// What computes and how weights get into memory, where the server was told `m`.
+    pub fn memory(&self, mut m: MemoryConfig) -> MemoryConfig {
         let access = match (self.mmap, self.mlock) {
             (Some(false), _) => Access::Read,
             (_, Some(true)) => Access::Locked,
             (Some(true), _) | (_, Some(false)) => Access::Mapped,
             _ => m.access,
         };
+        if m.device == DeviceChoice::Cpu {
+            if self.gpu_layers.is_some_and(|n| n > 0) || self.main_gpu.is_some() {
+                tracing::warn!(
+                    "num_gpu and main_gpu are of no effect: the server runs models on the CPU (--device)"
+                );
+            }
+        } else {
+            m.place.gpu_layers = self.gpu_layers.or(m.place.gpu_layers);
+            m.place.main_gpu = self.main_gpu.or(m.place.main_gpu);
+        }
         MemoryConfig { access, ..m }
     }
 }
@@ -85,17 +100,8 @@ impl Options {
                 }
             }
         }
-        for (name, of_use) in [
-            ("num_gpu", i64::is_positive as fn(i64) -> bool),
-            ("main_gpu", |n| n != 0),
-            ("draft_num_predict", |n| n != 0),
-        ] {
-            if p.int(name).is_some_and(of_use) {
-                tracing::warn!(
-                    option = name,
-                    "this option is of no effect: only the CPU runs models, without drafts"
-                );
-            }
+        if p.int("draft_num_predict").is_some_and(|n| n != 0) {
+            tracing::warn!(option = "draft_num_predict", "this option is of no effect: there are no drafts");
         }
         self.sampler = p.sampler(self.sampler.clone());
         self.num_predict = p.int("num_predict").unwrap_or(self.num_predict);
@@ -109,6 +115,9 @@ impl Options {
         l.ctx = p.size("num_ctx").or(l.ctx);
         l.batch = p.size("num_batch").or(l.batch);
         l.threads = p.size("num_thread").filter(|n| *n > 0).or(l.threads);
+        // Negative: the server's choice. The first GPU is what clients say that do not mean any.
+        l.gpu_layers = p.size("num_gpu").or(l.gpu_layers);
+        l.main_gpu = p.size("main_gpu").filter(|n| *n > 0).or(l.main_gpu);
         l.mmap = p.boolean("use_mmap").or(l.mmap);
         l.mlock = p.boolean("use_mlock").or(l.mlock);
         l.kv = p.kv().or(l.kv.take());
@@ -135,7 +144,7 @@ mod tests {
         let o = apply(
             json!({"temperature": 0, "top_k": 5.0, "stop": "x", "num_ctx": 77, "seed": -1, "nonsense": 1,
             "repeat_last_n": -1, "kv": "sinks:4+window:60", "mirostat": 2, "num_predict": null, "num_gpu": 99,
-            "num_keep": -1, "cache_type_k": "q8_0"}),
+            "num_keep": -1, "main_gpu": 0, "cache_type_k": "q8_0"}),
         );
         let o = o.unwrap();
         assert_eq!((o.sampler.temperature, o.sampler.top_k, o.sampler.seed), (0.0, 5, None));
@@ -143,6 +152,11 @@ mod tests {
             (o.stop, o.load.ctx, o.sampler.repeat_last_n),
             (vec!["x".to_owned()], Some(77), usize::MAX)
         );
+        assert_eq!((o.load.gpu_layers, o.load.main_gpu), (Some(99), None));
+        let on = |device, wish: &LoadWish| {
+            wish.memory(MemoryConfig { device, ..Default::default() }).place.gpu_layers
+        };
+        assert_eq!((on(DeviceChoice::Auto, &o.load), on(DeviceChoice::Cpu, &o.load)), (Some(99), None));
         assert_eq!((o.num_predict, o.num_keep, o.load.cache_k), (-1, Some(-1), Some(DType::Q8_0)));
         for bad in [
             json!({"temperature": "hot"}),

@@ -2,7 +2,7 @@
 
 use super::policy::LayerGeometry;
 use crate::EngineError;
-use kernels::KvBuf;
+use kernels::{KernelError, KvBuf};
 use quant::DType;
 
 /// What a layer's second buffer holds.
@@ -29,6 +29,9 @@ pub struct LayerSpec {
     pub geometry: LayerGeometry,
 }
 
+/// Bytes of a cache buffer of a type, so many slots and this width.
+pub type KvSize = fn(DType, usize, usize) -> Result<usize, KernelError>;
+
 /// Element types of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheTypes {
@@ -52,8 +55,13 @@ impl CacheTypes {
         }
     }
 
-    /// Bytes of `slots` entries of a layer.
+    /// Bytes of `slots` entries of a layer, on the host.
     pub fn bytes(self, s: &LayerSpec, slots: usize) -> Result<usize, EngineError> {
-        Ok(KvBuf::size(self.k, slots, s.first)? + KvBuf::size(self.second(s.second_kind), slots, s.second)?)
+        self.bytes_by(KvBuf::size, s, slots)
+    }
+
+    /// The same where a buffer of so many slots and of this width takes what `size` says.
+    pub fn bytes_by(self, size: KvSize, s: &LayerSpec, slots: usize) -> Result<usize, EngineError> {
+        Ok(size(self.k, slots, s.first)? + size(self.second(s.second_kind), slots, s.second)?)
     }
 }

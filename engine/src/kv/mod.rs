@@ -60,7 +60,7 @@ pub use arena::{Arena, Eviction, SeqId, Watcher};
 pub(crate) use evict::zeros;
 pub(crate) use file::Origin;
 pub use geometry::CacheTypes;
-pub(crate) use geometry::{LayerSpec, SecondKind};
+pub(crate) use geometry::{KvSize, LayerSpec, SecondKind};
 pub use options::ArenaOptions;
 pub use policy::{KvError, KvPolicy};
 pub use registry::{

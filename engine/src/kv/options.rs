@@ -1,12 +1,13 @@
 //! What a cache is made for, and which layers keep the same entries. Plain data; allocates nothing.
 
-use super::geometry::{CacheTypes, LayerSpec};
+use super::geometry::{CacheTypes, KvSize, LayerSpec};
 use super::pool::BLOCK;
 use super::ring::Reach;
 use super::set::SetShape;
 use super::spec::{KvPlan, Positions};
 use crate::EngineError;
 use crate::model::Extras;
+use kernels::KvBuf;
 
 /// How large a cache is and what it keeps.
 #[derive(Clone, Debug)]
@@ -138,12 +139,13 @@ impl ArenaOptions {
     /// # Errors
     /// Sizes or types that are not possible.
     pub(crate) fn bytes(&self, specs: &[LayerSpec], types: CacheTypes) -> Result<usize, EngineError> {
-        Ok(self.layer_bytes(specs, types)?.iter().sum())
+        Ok(self.layer_bytes(KvBuf::size, specs, types)?.iter().sum())
     }
 
-    /// The same for each layer.
+    /// The same for each layer, with buffers as large as `size` says.
     pub(crate) fn layer_bytes(
         &self,
+        size: KvSize,
         specs: &[LayerSpec],
         types: CacheTypes,
     ) -> Result<Vec<usize>, EngineError> {
@@ -152,7 +154,7 @@ impl ArenaOptions {
         for (kind, layers) in self.groups(specs) {
             let slots = self.slots(&kind)?;
             for l in layers {
-                all[l] = types.bytes(&specs[l], slots)?;
+                all[l] = types.bytes_by(size, &specs[l], slots)?;
                 if let Kind::Set(s) = &kind {
                     let masses = usize::from(s.needs.mass_total) + usize::from(s.needs.mass_recent > 0);
                     all[l] += masses * s.geometry.kv_heads * slots * 4;

@@ -7,11 +7,11 @@ mod qwen;
 
 use crate::EngineError;
 use crate::config::Hyper;
-use crate::gguf::{File, TensorInfo};
+use crate::gguf::File;
 use crate::kv::{Arena, LayerSpec};
 use crate::pager::{Pager, PagerOptions};
 use crate::stages::Devices;
-use crate::weights::Loader;
+use crate::weights::{Loader, Seen};
 use kernels::Limits;
 use std::sync::Arc;
 
@@ -81,16 +81,12 @@ pub fn load(file: &File, on: &Devices, pager: Arc<Pager>) -> Result<Arc<dyn Netw
     Ok(load_with(file, on, pager)?.0)
 }
 
-/// The same for files of which only headers were read, for planning; and the tensors that parts not found must hold.
-pub fn load_any(file: &File, on: &Devices) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
+/// The same for files of which only headers were read, for planning.
+pub fn load_any(file: &File, on: &Devices) -> Result<(Arc<dyn Network>, Seen), EngineError> {
     load_with(file, on, Arc::new(Pager::new(file, on, PagerOptions::default())))
 }
 
-fn load_with(
-    file: &File,
-    on: &Devices,
-    pager: Arc<Pager>,
-) -> Result<(Arc<dyn Network>, Vec<TensorInfo>), EngineError> {
+fn load_with(file: &File, on: &Devices, pager: Arc<Pager>) -> Result<(Arc<dyn Network>, Seen), EngineError> {
     let meta = file.metadata();
     let arch = meta.need("general.architecture", meta.str("general.architecture"))?;
     let hyper = Hyper::new(meta, arch);
@@ -107,6 +103,6 @@ fn load_with(
         }
     };
     hyper.finish()?;
-    let guessed = weights.finish()?;
-    Ok((network, guessed))
+    let seen = weights.finish()?;
+    Ok((network, seen))
 }

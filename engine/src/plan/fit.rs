@@ -93,12 +93,13 @@ struct Search<'a> {
 impl Search<'_> {
     fn plan(&self, o: &PlanOptions, r: &Rules) -> Result<Plan, EngineError> {
         let m = self.model;
-        let needs = m.needs(o)?;
+        let sizing = m.sizing(o)?;
         let load = Load {
             weights: m.weights(),
             layers: m.n_layers(),
             tied: m.tied(),
-            needs: &needs,
+            needs: &sizing.needs,
+            work: &|layout| sizing.work(layout),
             access: o.access,
             pinned: o.pinned,
             parallel: o.parallel,
@@ -219,6 +220,19 @@ impl Search<'_> {
         let small = self.cache(&small, DType::Q4_0).unwrap_or(small);
         if small.plan.fits() { Some(small) } else { self.ctx(&small) }
     }
+}
+
+/// Plans a run on a machine.
+///
+/// # Errors
+/// Options that no session accepts.
+pub fn plan(
+    model: &PlanModel,
+    o: &PlanOptions,
+    machine: &Machine,
+    rules: &Rules,
+) -> Result<Plan, EngineError> {
+    Search { model, machine }.plan(o, rules)
 }
 
 /// Plans a run on a machine, and searches for what fits if it does not.

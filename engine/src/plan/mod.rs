@@ -5,17 +5,16 @@
 //! data in, plain data out. [`fit()`] searches for changes that fit. [`available_memory`] says what this machine has left.
 
 mod fit;
-mod gpu;
 mod machine;
 mod model;
 mod place;
 
-pub use fit::{Change, Fit, Way, fit};
-pub use gpu::GpuNeeds;
+pub use crate::context::Work;
+pub use fit::{Change, Fit, Way, fit, plan};
 pub use machine::available_memory;
 pub(crate) use machine::room_for_files;
 pub(crate) use model::of_context;
-pub use model::{Needs, Part, PlanModel, WeightFact};
+pub use model::{Needs, Part, PlanModel, Sizing, WeightFact};
 pub use place::{Device, DevicePlan, Gpu, Load, Machine, PartBytes, Plan, Rules, place};
 
 use crate::SessionOptions;

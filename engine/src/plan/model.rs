@@ -1,16 +1,15 @@
 //! What a model needs, from its headers. Knows nothing of devices and their sizes.
 
 use super::PlanOptions;
-use crate::context::arena_options;
+use crate::context::{Passes, Work, arena_options};
 use crate::gguf::{Array, File, Metadata, TensorInfo, Value};
-use crate::kv::{CacheTypes, LayerSpec};
+use crate::kv::{CacheTypes, KvSize, LayerSpec};
 use crate::model::{self, Network};
-use crate::stages::Devices;
+use crate::stages::{Devices, Layout};
 use crate::{EngineError, SessionOptions};
-use kernels::{Limits, meter};
+use kernels::{KvBuf, cuda, gpu_meter, meter};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 /// What a weight is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -93,17 +92,17 @@ pub struct WeightFact {
     pub bytes: u64,
     /// Bytes of the f32 copy that is made of vectors; 0 for matrices.
     pub copy: u64,
+    /// Bytes on a GPU; 0: it is never copied there.
+    pub gpu: u64,
 }
 
-/// What a run needs besides weights, in bytes.
+/// What a run needs besides weights, wherever they lie, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// The cache of all sequences, for each layer.
     pub kv: Vec<u64>,
-    /// Activations between operations, for all rows of a pass.
-    pub activations: u64,
-    /// Working memory inside operations.
-    pub scratch: u64,
+    /// The same on a GPU.
+    pub kv_on_gpu: Vec<u64>,
     /// Logits and what sampling sorts.
     pub sampling: u64,
     /// Metadata, vocabulary, stacks of threads.
@@ -147,7 +146,7 @@ impl PlanModel {
     /// As [`crate::Model::load`].
     pub fn of(file: &File) -> Result<Self, EngineError> {
         let (device, _) = meter(1);
-        let (network, guessed) = model::load_any(file, &device.into())?;
+        let (network, seen) = model::load_any(file, &device.into())?;
         let meta = file.metadata();
         let arch = meta.str("general.architecture")?.unwrap_or_default().to_owned();
         let fact = |t: &TensorInfo| WeightFact {
@@ -156,15 +155,16 @@ impl PlanModel {
             part: Part::of(&t.name),
             bytes: t.n_bytes,
             copy: if t.dims.len() == 1 { t.n_elements() * 4 } else { 0 },
+            gpu: seen.on_gpu.get(&t.name).copied().unwrap_or(0),
         };
-        let weights: Vec<_> = file.tensors().iter().chain(&guessed).map(fact).collect();
+        let weights: Vec<_> = file.tensors().iter().chain(&seen.guessed).map(fact).collect();
         let stem = || file.path().file_stem().map(|s| s.to_string_lossy().into_owned());
         let dims = network.dims();
         Ok(Self {
             name: meta.str("general.name")?.map(Into::into).or_else(stem).unwrap_or_default(),
             ctx_train: meta.u32(&format!("{arch}.context_length"))?.unwrap_or(0) as usize,
             arch,
-            guessed: guessed.len(),
+            guessed: seen.guessed.len(),
             tied: !weights.iter().any(|w| w.name == "output.weight"),
             weights,
             texts: texts(meta),
@@ -218,19 +218,47 @@ impl PlanModel {
     ///
     /// # Errors
     /// Options that no session accepts.
-    pub fn needs(&self, o: &PlanOptions) -> Result<Needs, EngineError> {
+    pub fn sizing(&self, o: &PlanOptions) -> Result<Sizing<'_>, EngineError> {
         let vocab = self.n_vocab as u64;
         let tokens = (4 * o.parallel as u64).saturating_mul(o.session.ctx as u64);
-        Ok(Needs {
+        let (needs, passes) = of_context(&self.network, &o.session, o.parallel)?;
+        let needs = Needs {
             // Logits of a sequence, and candidates of a sampler that looks at all of them.
             sampling: o.parallel as u64 * vocab * (4 + 32),
             host: (self.texts + STACK * o.threads as u64).saturating_add(tokens),
-            ..of_context(&self.network, &o.session, o.parallel, &meter(o.threads).0.into())?
-        })
+            ..needs
+        };
+        let sizing = Sizing { needs, network: &self.network, passes, threads: o.threads };
+        // What is not possible under one layout is not under any.
+        sizing.try_work(&Layout::default())?;
+        Ok(sizing)
     }
 }
 
-/// What a context takes: cache, activations, the scratch memory of a device, the policy's memory.
+/// What a run needs besides the weights.
+pub struct Sizing<'a> {
+    /// Wherever they lie.
+    pub needs: Needs,
+    network: &'a Arc<dyn Network>,
+    passes: Passes,
+    threads: usize,
+}
+
+impl Sizing<'_> {
+    /// What each device works in under a layout, the CPU first.
+    pub fn work(&self, layout: &Layout) -> Vec<Work> {
+        self.try_work(layout).unwrap_or_default()
+    }
+
+    fn try_work(&self, layout: &Layout) -> Result<Vec<Work>, EngineError> {
+        let spots = layout.layers.iter().flat_map(|s| [s.layer, s.experts]);
+        let gpus = spots.chain([layout.head]).max().unwrap_or(0);
+        let all = std::iter::once(meter(self.threads).0).chain((0..gpus).map(|_| gpu_meter().0)).collect();
+        Ok(self.passes.runner(self.network, &Devices::new(all, layout.clone())?)?.1)
+    }
+}
+
+/// What a context takes wherever layers lie, its cache and its policy's memory; and what its passes are like.
 ///
 /// # Errors
 /// Options that no session accepts.
@@ -238,25 +266,21 @@ pub(crate) fn of_context(
     network: &Arc<dyn Network>,
     s: &SessionOptions,
     sequences: usize,
-    on: &Devices,
-) -> Result<Needs, EngineError> {
+) -> Result<(Needs, Passes), EngineError> {
     let specs: Vec<LayerSpec> = network.cache_specs();
     let options = arena_options(s, &specs, sequences)?;
     let types = CacheTypes { k: s.cache_k, v: s.cache_v, k_pe: s.cache_k_pe };
-    let kv = options.layer_bytes(&specs, types)?;
-    let (rows, seen) = (options.chunk.max(sequences), options.most_seen(&specs));
-    let (extras, mass) = options.extras();
-    let limits = on.layout().limits(&**network, 0, rows, seen);
-    let scratch = on.all()[0].scratch_bytes(&Limits { mass, ..limits });
-    let (counting, asked) = meter(1);
-    drop(network.clone().runner(&counting.into(), rows, extras)?);
-    Ok(Needs {
-        kv: kv.into_iter().map(|b| b as u64).collect(),
-        activations: asked.load(Relaxed) as u64,
-        scratch: scratch as u64,
-        policy: options.policy_bytes(&specs, rows)? as u64,
+    let kv = |size: KvSize| -> Result<Vec<u64>, EngineError> {
+        Ok(options.layer_bytes(size, &specs, types)?.into_iter().map(|b| b as u64).collect())
+    };
+    let passes = Passes::of(&options, &specs);
+    let needs = Needs {
+        kv: kv(KvBuf::size)?,
+        kv_on_gpu: kv(cuda::kv_bytes)?,
+        policy: options.policy_bytes(&specs, passes.rows)? as u64,
         ..Needs::default()
-    })
+    };
+    Ok((needs, passes))
 }
 
 /// Bytes that metadata and vocabulary take in memory.

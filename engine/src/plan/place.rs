@@ -1,11 +1,13 @@
 //! What goes where: a model's needs on devices of given sizes, by rules. Plain data in, plain data out.
 //!
-//! A layer's attention (with norms and its cache) and feed-forward weights go to the layer's device, routed experts there or to
-//! the CPU. Layers are counted from the end, the output after the last, as llama.cpp's `-ngl` counts them. Embeddings stay on
+//! A layer's attention (with norms and its cache) and feed-forward weights go to the layer's device, routed experts and their
+//! router there or to the CPU. Layers are counted from the end, the output after the last, as llama.cpp's `-ngl` counts them. Embeddings stay on
 //! the CPU: a pass reads a few rows of them.
 
 use super::Access;
 use super::model::{Needs, Part, WeightFact};
+use crate::context::Work;
+use crate::stages::{Layout, Spot};
 use std::collections::HashMap;
 
 /// A device by its place in [`Plan::devices`].
@@ -46,8 +48,30 @@ pub struct Rules {
     pub split: Vec<f64>,
     /// Experts of the first so many layers stay on the CPU (`--n-cpu-moe`; `--cpu-moe`: all).
     pub cpu_moe: Option<usize>,
-    /// Tensors by name (`-ot`), above all other rules.
-    pub tensors: HashMap<String, Device>,
+    /// Layers without their routed experts (`-ot`), above all other rules.
+    pub layers: HashMap<usize, Device>,
+    /// Routed experts of layers, likewise.
+    pub experts: HashMap<usize, Device>,
+    /// The output, likewise.
+    pub output: Option<Device>,
+}
+
+impl Rules {
+    /// What `-ot` says of a part, if anything.
+    fn ruled(&self, part: Part, layer: Option<usize>) -> Option<Device> {
+        match (part, layer) {
+            (Part::Output, _) => self.output,
+            (Part::Experts | Part::Router, Some(i)) => self.experts.get(&i).copied(),
+            (_, Some(i)) => self.layers.get(&i).copied(),
+            (_, None) => None,
+        }
+    }
+
+    /// Whether they leave open how much lies on GPUs.
+    pub fn is_open(&self) -> bool {
+        let ruled = !self.layers.is_empty() || !self.experts.is_empty() || self.output.is_some();
+        self.gpu_layers.is_none() && self.cpu_moe.is_none() && !ruled
+    }
 }
 
 /// Bytes of a kind of weight on a device.
@@ -137,6 +161,8 @@ pub struct Plan {
     pub gpu_layers: usize,
     /// Layers whose experts stay on the CPU though the layer does not.
     pub cpu_moe: usize,
+    /// What lies where, by places in `devices`.
+    pub layout: Layout,
     /// Sequences.
     pub parallel: usize,
 }
@@ -169,7 +195,7 @@ impl Plan {
 
     /// Whether anything lies on a GPU.
     pub fn uses_gpu(&self) -> bool {
-        self.devices[1..].iter().any(|d| d.tensors > 0)
+        self.devices[1..].iter().any(|d| d.resident() > 0)
     }
 }
 
@@ -182,8 +208,10 @@ pub struct Load<'a> {
     pub layers: usize,
     /// The output is the embedding table.
     pub tied: bool,
-    /// What there is besides weights.
+    /// What there is besides weights, wherever layers lie.
     pub needs: &'a Needs,
+    /// What each device works in under a layout; those that are not listed need nothing.
+    pub work: &'a dyn Fn(&Layout) -> Vec<Work>,
     /// How weights get into memory.
     pub access: Access,
     /// Bytes of mapped experts that must stay in memory.
@@ -233,44 +261,92 @@ fn largest(all: usize, at: impl Fn(usize) -> Plan) -> Plan {
     (1..=all).rev().map(&at).find(Plan::fits).unwrap_or_else(|| at(0))
 }
 
-/// Where the parts of `n` layers on GPUs, with the experts of the first `cpu_moe` layers on the CPU, go.
+/// Where the parts of a model go by the rules, with the experts of the first `cpu_moe` layers on the CPU.
 struct Rule<'a> {
     l: Load<'a>,
     rules: &'a Rules,
     gpus: usize,
     cpu_moe: usize,
-    /// The device of each layer, the output last.
-    layers: Vec<Device>,
+    /// Layers that have routed experts.
+    sparse: Vec<bool>,
 }
 
 impl Rule<'_> {
-    /// Where a tensor goes; true: because `-ot` says so.
-    fn device(&self, w: &WeightFact) -> (Device, bool) {
+    /// What `-ot` says, of devices that are there.
+    fn ruled(&self, part: Part, layer: Option<usize>) -> Option<usize> {
         let there = |d: &Device| !matches!(d, Device::Gpu(i) if *i >= self.gpus);
-        if let Some(d) = self.rules.tensors.get(&w.name).copied().filter(there) {
-            return (d, true);
-        }
-        let d = match (w.part, w.layer) {
-            (Part::Embeddings, _) => Device::Cpu,
-            (Part::Output, _) => self.layers[self.l.layers],
-            (Part::Experts, Some(layer)) if layer < self.cpu_moe => Device::Cpu,
-            (_, Some(layer)) => self.layers.get(layer).copied().unwrap_or(Device::Cpu),
-            (_, None) => Device::Cpu,
-        };
-        (d, false)
+        self.rules.ruled(part, layer).filter(there).map(index)
     }
 
-    /// Bytes of the output where it is the embedding table, which lies elsewhere.
-    fn tied_output(&self) -> u64 {
-        let output = self.layers[self.l.layers];
-        let table = |w: &&WeightFact| w.part == Part::Embeddings && self.device(w).0 != output;
-        if self.l.tied { self.l.weights.iter().filter(table).map(|w| w.bytes).sum() } else { 0 }
+    /// With layers, and the output behind them, on these devices unless rules say otherwise.
+    fn layout(&self, at: &[usize]) -> Layout {
+        let spot = |i: usize| {
+            let layer = self.ruled(Part::Attention, Some(i)).unwrap_or(at[i]);
+            let by_count = if i < self.cpu_moe { CPU } else { at[i] };
+            let experts = self.ruled(Part::Experts, Some(i)).unwrap_or(by_count);
+            Spot { layer, experts: if self.sparse[i] { experts } else { layer } }
+        };
+        let n = self.l.layers;
+        let head = self.ruled(Part::Output, None).unwrap_or(at[n]);
+        Layout { layers: (0..n).map(spot).collect(), head }
+    }
+
+    /// Bytes that the output takes on a GPU where it is the embedding table, which stays on the host.
+    fn tied_output(&self, layout: &Layout) -> u64 {
+        let table = |w: &&WeightFact| w.part == Part::Embeddings;
+        let copied = self.l.tied && layout.head != CPU;
+        if copied { self.l.weights.iter().filter(table).map(|w| w.gpu).sum() } else { 0 }
+    }
+
+    /// `at`, its entries from `first` on dealt to `gpus` by bytes.
+    fn dealt(&self, mut at: Vec<usize>, first: usize, gpus: &[(usize, f64)]) -> Vec<usize> {
+        let (n, whole) = (self.l.layers, self.layout(&at));
+        let mut loads = vec![0; n + 1];
+        let mut held = vec![0; self.gpus + 1];
+        for &(g, _) in gpus {
+            // What it would work in if it had all of them: more than its part asks for, but not by much.
+            let alone = at.iter().map(|d| if *d == CPU { CPU } else { g + 1 }).collect::<Vec<_>>();
+            held[g + 1] = work_of(self.l, &self.layout(&alone), g + 1).total();
+        }
+        for w in self.l.weights {
+            match (self.ruled(w.part, w.layer), whole.of(w.part, w.layer)) {
+                (Some(d), _) => held[d] += w.gpu,
+                (None, Some(d)) if d != CPU => loads[w.layer.unwrap_or(n)] += w.gpu,
+                _ => {}
+            }
+        }
+        for (i, bytes) in self.l.needs.kv_on_gpu.iter().enumerate() {
+            match self.ruled(Part::Attention, Some(i)) {
+                Some(d) => held[d] += bytes,
+                None => loads[i] += bytes,
+            }
+        }
+        match self.ruled(Part::Output, None) {
+            Some(d) => held[d] += self.tied_output(&whole),
+            None => loads[n] += self.tied_output(&whole),
+        }
+        // Shares that the user chose are of the layers alone.
+        let by_size = self.rules.split.is_empty();
+        let held: Vec<u64> = gpus.iter().map(|g| if by_size { held[g.0 + 1] } else { 0 }).collect();
+        let sizes: Vec<f64> = gpus.iter().map(|g| g.1).collect();
+        let dealt = deal(&loads[first..], &sizes, &held);
+        dealt.iter().zip(&mut at[first..]).for_each(|(g, d)| *d = gpus[*g].0 + 1);
+        at
     }
 }
 
-/// Bytes that a tensor takes on a GPU: vectors are widened.
-fn on_gpu(w: &WeightFact) -> u64 {
-    if w.copy > 0 { w.copy } else { w.bytes }
+/// The place of the CPU in [`Plan::devices`]; GPU i comes i + 1 behind it.
+const CPU: usize = 0;
+
+fn index(d: Device) -> usize {
+    match d {
+        Device::Cpu => CPU,
+        Device::Gpu(i) => i + 1,
+    }
+}
+
+fn work_of(l: Load<'_>, layout: &Layout, d: usize) -> Work {
+    (l.work)(layout).get(d).copied().unwrap_or_default()
 }
 
 /// Deals `loads`, in order, to GPUs of these sizes: each a run, and the fullest GPU, as a share of its size, as empty as can be.
@@ -312,29 +388,16 @@ fn deal(loads: &[u64], sizes: &[f64], held: &[u64]) -> Vec<usize> {
 fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, cpu_moe: usize) -> Plan {
     let n = if gpus.is_empty() { 0 } else { n.min(l.layers + 1) };
     let first = l.layers + 1 - n;
-    let on = |layer: usize| if layer < first { Device::Cpu } else { Device::Gpu(gpus[0].0) };
-    let layers = (0..=l.layers).map(on).collect();
-    let mut rule = Rule { l, rules: r, gpus: m.gpus.len(), cpu_moe, layers };
-    if n > 0 && gpus.len() > 1 {
-        let mut loads = vec![0; l.layers + 1];
-        // A GPU works in as much as the CPU does: an upper bound until it says itself.
-        let mut held = vec![l.needs.activations + l.needs.scratch; m.gpus.len()];
-        for w in l.weights {
-            match (rule.device(w), w.layer) {
-                ((Device::Gpu(i), true), _) => held[i] += on_gpu(w),
-                ((Device::Gpu(_), false), layer) => loads[layer.unwrap_or(l.layers)] += on_gpu(w),
-                ((Device::Cpu, _), _) => {}
-            }
-        }
-        l.needs.kv.iter().zip(&mut loads).for_each(|(kv, load)| *load += kv);
-        loads[l.layers] += rule.tied_output();
-        // Shares that the user chose are of the layers alone.
-        let by_size = r.split.is_empty();
-        let held: Vec<u64> = gpus.iter().map(|g| if by_size { held[g.0] } else { 0 }).collect();
-        let sizes: Vec<f64> = gpus.iter().map(|g| g.1).collect();
-        let dealt = deal(&loads[first..], &sizes, &held);
-        dealt.iter().zip(&mut rule.layers[first..]).for_each(|(g, d)| *d = Device::Gpu(gpus[*g].0));
+    let mut sparse = vec![false; l.layers];
+    for i in l.weights.iter().filter(|w| w.part == Part::Experts).filter_map(|w| w.layer) {
+        sparse.get_mut(i).into_iter().for_each(|s| *s = true);
     }
+    let rule = Rule { l, rules: r, gpus: m.gpus.len(), cpu_moe, sparse };
+    let mut at: Vec<usize> = (0..=l.layers).map(|i| if i < first { CPU } else { gpus[0].0 + 1 }).collect();
+    if n > 0 && gpus.len() > 1 {
+        at = rule.dealt(at, first, gpus);
+    }
+    let layout = rule.layout(&at);
     let empty = |device, size| DevicePlan {
         device,
         size,
@@ -351,42 +414,40 @@ fn fixed(l: Load<'_>, m: &Machine, r: &Rules, gpus: &[(usize, f64)], n: usize, c
     };
     let mut devices = vec![empty(Device::Cpu, m.memory)];
     devices.extend(m.gpus.iter().enumerate().map(|(i, g)| empty(Device::Gpu(i), g.bytes)));
-    let index = |d: Device| match d {
-        Device::Cpu => 0,
-        Device::Gpu(i) => i + 1,
-    };
     for w in l.weights {
-        let (d, _) = rule.device(w);
-        let to = &mut devices[index(d)];
-        to.tensors += 1;
-        let part = &mut to.weights[w.part as usize];
+        let d = layout.of(w.part, w.layer).unwrap_or(CPU);
+        devices[d].tensors += 1;
+        let on_host = &mut devices[CPU].weights[w.part as usize];
         match (d, l.access) {
-            (Device::Cpu, Access::Mapped | Access::Locked) => {
-                part.mapped += w.bytes;
-                part.resident += w.copy;
+            (CPU, Access::Mapped | Access::Locked) => {
+                on_host.mapped += w.bytes;
+                on_host.resident += w.copy;
             }
-            (Device::Cpu, Access::Read) => part.resident += w.bytes + w.copy,
-            (Device::Gpu(_), _) => part.resident += on_gpu(w),
+            (CPU, Access::Read) => on_host.resident += w.bytes + w.copy,
+            (_, access) => {
+                // A file that is read stays in memory, though a GPU has its own copy.
+                if access == Access::Read {
+                    on_host.resident += w.bytes;
+                    on_host.copied += w.bytes;
+                }
+                devices[d].weights[w.part as usize].resident += w.gpu;
+            }
         }
     }
-    if rule.layers[l.layers] != Device::Cpu {
-        let (table, output) = (rule.tied_output(), index(rule.layers[l.layers]));
-        let part = &mut devices[output].weights[Part::Output as usize];
-        part.resident += table;
-        part.copied += table;
+    let output = &mut devices[layout.head].weights[Part::Output as usize];
+    output.resident += rule.tied_output(&layout);
+    output.copied += rule.tied_output(&layout);
+    for (i, (host, gpu)) in l.needs.kv.iter().zip(&l.needs.kv_on_gpu).enumerate() {
+        let d = layout.spot(i).layer;
+        devices[d].kv += if d == CPU { *host } else { *gpu };
     }
-    for (bytes, d) in l.needs.kv.iter().zip(&rule.layers) {
-        devices[index(*d)].kv += bytes;
+    for (d, work) in devices.iter_mut().zip((l.work)(&layout)) {
+        (d.activations, d.scratch) = (work.activations as u64, work.scratch as u64);
     }
-    for d in &mut devices {
-        if d.device == Device::Cpu || d.tensors > 0 || d.kv > 0 {
-            d.activations = l.needs.activations;
-            d.scratch = l.needs.scratch;
-        }
-    }
-    devices[0].pinned = l.pinned.min(devices[0].weights[Part::Experts as usize].mapped);
-    devices[0].sampling = l.needs.sampling;
-    devices[0].host = l.needs.host;
-    devices[0].policy = l.needs.policy;
-    Plan { devices, gpu_layers: n, cpu_moe: if n == 0 { 0 } else { cpu_moe }, parallel: l.parallel }
+    devices[CPU].pinned = l.pinned.min(devices[CPU].weights[Part::Experts as usize].mapped);
+    devices[CPU].sampling = l.needs.sampling;
+    devices[CPU].host = l.needs.host;
+    devices[CPU].policy = l.needs.policy;
+    let cpu_moe = if n == 0 { 0 } else { cpu_moe };
+    Plan { devices, gpu_layers: n, cpu_moe, layout, parallel: l.parallel }
 }

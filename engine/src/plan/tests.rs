@@ -1,8 +1,38 @@
 //! The planner over random models and machines.
 
 use super::*;
+use crate::stages::Layout;
 use proptest::prelude::*;
 use std::collections::HashMap;
+use std::sync::Arc;
+
+/// What devices work in: so much where layers are, half of it where only experts are, a third for the output.
+#[derive(Clone)]
+struct Works(Arc<WorkOf>);
+
+type WorkOf = dyn Fn(&Layout) -> Vec<Work>;
+
+impl std::fmt::Debug for Works {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Works")
+    }
+}
+
+fn works(activations: usize, scratch: usize) -> Works {
+    Works(Arc::new(move |layout| {
+        let of = |d: usize| {
+            let (layers, experts) =
+                (layout.layers.iter().any(|s| s.layer == d), layout.layers.iter().any(|s| s.experts == d));
+            let share = if layers { 2 } else { usize::from(experts) };
+            let head = usize::from(layout.head == d);
+            Work {
+                activations: activations * share / 2 + head * activations / 3,
+                scratch: scratch * share.max(head) / 2,
+            }
+        };
+        (0..8).map(of).collect()
+    }))
+}
 
 #[derive(Clone, Debug)]
 struct Model {
@@ -10,6 +40,11 @@ struct Model {
     layers: usize,
     tied: bool,
     needs: Needs,
+    work: Works,
+}
+
+fn fact(name: String, layer: Option<usize>, bytes: u64, copy: u64) -> WeightFact {
+    WeightFact { part: Part::of(&name), name, layer, bytes, copy, gpu: if copy > 0 { copy } else { bytes } }
 }
 
 fn model() -> impl Strategy<Value = Model> {
@@ -18,7 +53,7 @@ fn model() -> impl Strategy<Value = Model> {
     (proptest::collection::vec(layer, 1..12), rest).prop_map(|(layers, (embed, tied, a, b, moe))| {
         let mut weights = Vec::new();
         let mut add = |name: String, layer, bytes, copy| {
-            weights.push(WeightFact { part: Part::of(&name), name, layer, bytes, copy });
+            weights.push(fact(name, layer, bytes, copy));
         };
         add("token_embd.weight".into(), None, embed, 0);
         for (i, l) in layers.iter().enumerate() {
@@ -35,9 +70,10 @@ fn model() -> impl Strategy<Value = Model> {
         if !tied {
             add("output.weight".into(), None, embed, 0);
         }
-        let kv = layers.iter().map(|l| l.4).collect();
-        let needs = Needs { kv, activations: a, scratch: b, sampling: a / 2, host: b / 2, policy: a / 3 };
-        Model { layers: layers.len(), tied, needs, weights }
+        let kv: Vec<u64> = layers.iter().map(|l| l.4).collect();
+        let kv_on_gpu = kv.iter().map(|b| b + b / 16).collect();
+        let needs = Needs { kv, kv_on_gpu, sampling: a / 2, host: b / 2, policy: a / 3 };
+        Model { layers: layers.len(), tied, needs, weights, work: works(a as usize, b as usize) }
     })
 }
 
@@ -54,24 +90,18 @@ fn rules() -> impl Strategy<Value = Rules> {
     let layers = proptest::option::of(0usize..16);
     let moe = proptest::option::of(0usize..16);
     let split = proptest::collection::vec(0.0f64..3.0, 0..4);
-    let kind = prop_oneof![Just("attn_q"), Just("ffn_up_exps"), Just("ffn_up"), Just("attn_norm")];
-    let named = (0usize..12, kind, 0usize..5).prop_map(|(layer, kind, device)| {
-        let device = device.checked_sub(1).map_or(Device::Cpu, Device::Gpu);
-        (format!("blk.{layer}.{kind}.weight"), device)
-    });
-    let tensors =
-        proptest::collection::hash_map(Just("token_embd.weight".to_owned()), Just(Device::Gpu(0)), 0..2);
-    let tensors = (tensors, proptest::collection::vec(named, 0..6)).prop_map(|(mut all, some)| {
-        all.extend(some);
-        all
-    });
-    (layers, moe, proptest::option::weighted(0.2, 0usize..4), split, tensors).prop_map(
-        |(gpu_layers, cpu_moe, main_gpu, split, tensors)| Rules {
+    let device = || (0usize..5).prop_map(|d| d.checked_sub(1).map_or(Device::Cpu, Device::Gpu));
+    let named = || proptest::collection::hash_map(0usize..12, device(), 0..4);
+    let named = (named(), named(), proptest::option::weighted(0.2, device()));
+    (layers, moe, proptest::option::weighted(0.2, 0usize..4), split, named).prop_map(
+        |(gpu_layers, cpu_moe, main_gpu, split, (layers, experts, output))| Rules {
             gpu_layers,
             cpu_moe,
             main_gpu,
             split,
-            tensors,
+            layers,
+            experts,
+            output,
         },
     )
 }
@@ -82,6 +112,7 @@ fn load(m: &Model, access: Access) -> Load<'_> {
         layers: m.layers,
         tied: m.tied,
         needs: &m.needs,
+        work: &*m.work.0,
         access,
         pinned: 0,
         parallel: 1,
@@ -94,7 +125,12 @@ proptest! {
         let p = place(load(&m, a), &machine, &r);
         prop_assert_eq!(p.devices.len(), machine.gpus.len() + 1);
         prop_assert_eq!(p.devices.iter().map(|d| d.tensors).sum::<usize>(), m.weights.len());
-        prop_assert_eq!(p.kv(), m.needs.kv.iter().sum::<u64>());
+        let cache = |(i, (host, gpu)): (usize, (&u64, &u64))| if p.layout.spot(i).layer == 0 { *host } else { *gpu };
+        prop_assert_eq!(p.kv(), m.needs.kv.iter().zip(&m.needs.kv_on_gpu).enumerate().map(cache).sum::<u64>());
+        let work = (m.work.0)(&p.layout);
+        for (d, w) in p.devices.iter().zip(work) {
+            prop_assert_eq!((d.activations, d.scratch), (w.activations as u64, w.scratch as u64));
+        }
         for part in Part::ALL {
             let of = |w: &&WeightFact| w.part == part;
             let want: u64 = m.weights.iter().filter(of).map(|w| w.bytes).sum();
@@ -104,8 +140,9 @@ proptest! {
             // Vectors are widened: beside the map on the CPU, instead of it on a GPU.
             prop_assert!(held >= want && held <= want + vectors, "{part:?}: {held}, {want}");
         }
-        // Nothing is copied but a tied output that lies on a GPU.
-        let copies: u64 = p.devices.iter().flat_map(|d| &d.weights).map(|w| w.copied).sum();
+        // Nothing is copied but a tied output that lies on a GPU, and what of a file that is read lies there.
+        let copies: u64 = p.devices[1..].iter().flat_map(|d| &d.weights).map(|w| w.copied).sum();
+        prop_assert!(a == Access::Read || p.devices[0].weights.iter().all(|w| w.copied == 0));
         prop_assert!(copies == 0 || (m.tied && p.uses_gpu() || p.gpu_layers > 0));
         prop_assert_eq!(p.devices[0].mapped() > 0 && a == Access::Read, false);
     }
@@ -151,14 +188,20 @@ proptest! {
     fn named_tensors_lie_where_they_should(m in model(), machine in machine(), r in rules(), a in access()) {
         let p = place(load(&m, a), &machine, &r);
         let there = |d: &&Device| !matches!(d, Device::Gpu(i) if *i >= machine.gpus.len());
+        let ruled = |w: &WeightFact| match (w.part, w.layer) {
+            (Part::Output, _) => r.output.as_ref(),
+            (Part::Experts | Part::Router, Some(i)) => r.experts.get(&i),
+            (_, Some(i)) => r.layers.get(&i),
+            _ => None,
+        };
         for (i, d) in p.devices.iter().enumerate() {
-            let here = |w: &&WeightFact| r.tensors.get(&w.name).filter(there) == Some(&d.device);
+            let here = |w: &&WeightFact| ruled(w).filter(there) == Some(&d.device);
             let named: u64 = m.weights.iter().filter(here).map(|w| w.bytes).sum();
             prop_assert!(d.mapped() + d.weights_resident() >= named, "device {i}");
         }
         // GPUs that no rule allows stay empty.
         for (i, d) in p.devices[1..].iter().enumerate() {
-            let named = r.tensors.values().any(|d| *d == Device::Gpu(i));
+            let named = r.layers.values().chain(r.experts.values()).chain(&r.output).any(|d| *d == Device::Gpu(i));
             let share = match r.main_gpu {
                 Some(main) => main == i,
                 None if r.split.is_empty() => !machine.gpus[i].display,
@@ -203,25 +246,21 @@ fn names_of_tensors() {
 
 #[test]
 fn experts_leave_a_gpu_first_and_named_tensors_go_where_they_should() {
-    let tensor = |name: &str, layer, bytes| WeightFact {
-        part: Part::of(name),
-        name: name.into(),
-        layer,
-        bytes,
-        copy: 0,
-    };
+    let tensor = |name: &str, layer, bytes| fact(name.into(), layer, bytes, 0);
     let weights = vec![
         tensor("blk.0.attn_q.weight", Some(0), 10),
         tensor("blk.0.ffn_up_exps.weight", Some(0), 100),
         tensor("blk.1.attn_q.weight", Some(1), 10),
         tensor("blk.1.ffn_up_exps.weight", Some(1), 100),
     ];
-    let needs = Needs { kv: vec![5, 5], ..Needs::default() };
+    let needs = Needs { kv: vec![5, 5], kv_on_gpu: vec![5, 5], ..Needs::default() };
+    let work = works(0, 0);
     let l = Load {
         weights: &weights,
         layers: 2,
         tied: false,
         needs: &needs,
+        work: &*work.0,
         access: Access::Mapped,
         pinned: 0,
         parallel: 1,
@@ -233,9 +272,9 @@ fn experts_leave_a_gpu_first_and_named_tensors_go_where_they_should() {
         let p = place(l, &machine(bytes), &Rules::default());
         assert_eq!((p.gpu_layers, p.cpu_moe, p.devices[1].resident()), (layers, cpu_moe, on_gpu), "{bytes}");
     }
-    let tensors = HashMap::from([("blk.1.attn_q.weight".into(), Device::Cpu)]);
-    let p = place(l, &machine(300), &Rules { tensors, ..Rules::default() });
-    assert_eq!((p.devices[0].mapped(), p.devices[1].resident()), (10, 220));
+    let layers = HashMap::from([(1, Device::Cpu)]);
+    let p = place(l, &machine(300), &Rules { layers, ..Rules::default() });
+    assert_eq!((p.devices[0].mapped(), p.devices[1].resident()), (10, 215));
 }
 
 /// Layers that keep their experts are the last ones: dealt by bytes, they lie on all GPUs.
@@ -245,15 +284,17 @@ fn experts_are_spread_over_gpus_as_their_layers_are() {
     for i in 0..8 {
         for (name, bytes) in [("attn_q", 10), ("ffn_up_exps", 100)] {
             let name = format!("blk.{i}.{name}.weight");
-            weights.push(WeightFact { part: Part::of(&name), name, layer: Some(i), bytes, copy: 0 });
+            weights.push(fact(name, Some(i), bytes, 0));
         }
     }
-    let needs = Needs { kv: vec![1; 8], scratch: 7, ..Needs::default() };
+    let needs = Needs { kv: vec![1; 8], kv_on_gpu: vec![1; 8], ..Needs::default() };
+    let work = works(0, 7);
     let l = Load {
         weights: &weights,
         layers: 8,
         tied: false,
         needs: &needs,
+        work: &*work.0,
         access: Access::Mapped,
         pinned: 0,
         parallel: 1,

@@ -1,6 +1,6 @@
 //! The CUDA backend's host side without a GPU: the same code that would drive one, on the PTX interpreter. Whole forward passes of the tiny
 //! reference models, every operation against the CPU backend, models over several devices, and faults at the seam. With
-//! `RSINFER_TEST_GPU=cuda:0` all but the faults and splits run on that GPU instead.
+//! `RSINFER_TEST_GPU=cuda:0` all but the faults run on that GPU instead.
 
 mod faults;
 mod models;

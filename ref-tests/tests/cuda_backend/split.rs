@@ -1,8 +1,9 @@
 //! Models over several devices: every way to split the tiny ones over the CPU and two GPUs, experts apart from their layers, and what
 //! a cache does that lies in parts.
 
-use crate::interpreted;
 use crate::models::{eval, load, options};
+use crate::{gpu, interpreted};
+use engine::plan::{self, Gpu, Machine, PlanModel, PlanOptions, Rules};
 use engine::{Context, Devices, EngineError, KvSpec, Layout, Model, Rows, Session, SessionOptions, Spot};
 use kernels::Device;
 use kernels::cpu::CpuBackend;
@@ -15,7 +16,13 @@ const CPU: usize = 0;
 const A: usize = 1;
 const B: usize = 2;
 
-fn devices() -> (Vec<Device>, Interpreted, Interpreted) {
+/// The CPU and two GPUs; where a GPU is asked for, that one twice.
+fn devices() -> Vec<Device> {
+    vec![Device::new(CpuBackend::new(1)), gpu(), gpu()]
+}
+
+/// The CPU and two interpreters.
+fn interpreters() -> (Vec<Device>, Interpreted, Interpreted) {
     let ((a, on_a), (b, on_b)) = (interpreted(), interpreted());
     (vec![Device::new(CpuBackend::new(1)), a, b], on_a, on_b)
 }
@@ -60,7 +67,7 @@ fn check(name: &str, all: &[Device], at: &Layout, n: usize) {
 
 #[test]
 fn every_cut_gives_hugging_faces_logits() {
-    let (all, ..) = devices();
+    let all = devices();
     for (name, layers) in
         [("llama3", 3), ("qwen2", 2), ("qwen3moe", 3), ("deepseek2-v2-lite-old", 2), ("deepseek2-v3", 3)]
     {
@@ -76,7 +83,7 @@ fn every_cut_gives_hugging_faces_logits() {
 
 #[test]
 fn parts_may_lie_anywhere() {
-    let (all, ..) = devices();
+    let all = devices();
     for name in ["qwen3moe", "deepseek2-v3"] {
         for (layers, experts, head) in [
             // Experts on the CPU, all or some; on another GPU; layers on the CPU with experts on a GPU.
@@ -101,7 +108,7 @@ fn parts_may_lie_anywhere() {
 /// What the CPU computes has the CPU's bits: a model whose GPUs hold nothing, and a cut behind the last layer that is asked for.
 #[test]
 fn the_cpus_part_has_the_cpus_bits() {
-    let (all, on_a, on_b) = devices();
+    let (all, on_a, on_b) = interpreters();
     for name in ["llama3", "deepseek2-v3"] {
         let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..6];
         let run = |devices: Option<Devices>| {
@@ -123,7 +130,7 @@ fn the_cpus_part_has_the_cpus_bits() {
 /// Rings, policies that measure, move and turn, with a cache in three parts.
 #[test]
 fn caches_in_parts_forget_as_whole_ones() {
-    let (all, ..) = devices();
+    let all = devices();
     for (name, kv) in [
         ("llama3", "sinks:2+window:6"),
         ("deepseek2-v2-lite", "h2o:budget=8,positions=compact"),
@@ -145,10 +152,74 @@ fn spec(kv: &str) -> KvSpec {
     kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"))
 }
 
+/// What the plan says of each GPU is what a run holds on it, to the byte.
+#[test]
+fn memory_is_what_was_planned() {
+    let rules = |gpu_layers, cpu_moe| Rules { gpu_layers: Some(gpu_layers), cpu_moe, ..Rules::default() };
+    let over = |layers: &[(usize, usize)], output: usize| {
+        let device = |d: usize| d.checked_sub(1).map_or(plan::Device::Cpu, plan::Device::Gpu);
+        let layers = layers.iter().map(|(l, d)| (*l, device(*d))).collect();
+        Rules { layers, output: Some(device(output)), ..rules(99, None) }
+    };
+    let one = || Rules { main_gpu: Some(1), ..rules(99, None) };
+    for (name, kv, cache, rules) in [
+        (
+            "llama3",
+            "full",
+            DType::F16,
+            vec![one(), rules(99, None), rules(1, None), rules(2, None), over(&[(1, CPU)], CPU)],
+        ),
+        (
+            "quantised/q-gemma3-qat",
+            "sinks:2+window:20",
+            DType::Q8_0,
+            vec![one(), rules(5, None), over(&[(0, B), (7, A)], A)],
+        ),
+        (
+            "deepseek2-v3",
+            "h2o:budget=8",
+            DType::F32,
+            vec![one(), rules(99, Some(99)), rules(3, Some(2)), over(&[(2, CPU)], B)],
+        ),
+        (
+            "qwen3moe",
+            "snapkv:budget=8",
+            DType::BF16,
+            vec![one(), rules(99, None), rules(99, Some(2)), rules(2, Some(99))],
+        ),
+    ] {
+        for rules in rules {
+            let path = fixture(name).join("model.gguf");
+            let session = SessionOptions { kv: spec(kv), cache_k_pe: Some(cache), ..options(40, 16, cache) };
+            let o = PlanOptions { session, parallel: 2, threads: 1, ..PlanOptions::default() };
+            let gpu = Gpu { bytes: 1 << 30, display: false };
+            let machine = Machine { memory: 1 << 40, gpus: vec![gpu; 2] };
+            let model = PlanModel::open(&path).expect("headers");
+            let plan = plan::plan(&model, &o, &machine, &rules).expect("a plan");
+            let all = devices();
+            let model = split(name, &all, plan.layout.clone());
+            for (d, dev) in plan.devices.iter().zip(&all).skip(1) {
+                assert_eq!(
+                    dev.held() as u64,
+                    d.weights_resident(),
+                    "{name}, {rules:?}: weights, {:?}",
+                    d.device
+                );
+            }
+            let context = Context::new(&model, &o.session, 2).expect("a context");
+            for (d, dev) in plan.devices.iter().zip(&all).skip(1) {
+                assert_eq!(dev.held() as u64, d.resident(), "{name}, {rules:?}: all, {:?}", d.device);
+            }
+            let work = plan.devices.iter().map(|d| d.activations + d.scratch).sum::<u64>();
+            assert_eq!(context.scratch_bytes() as u64, work, "{name}, {rules:?}");
+        }
+    }
+}
+
 /// Several sequences, a fork of one, and one that is saved, on a model in three parts with experts apart.
 #[test]
 fn sequences_share_a_cache_in_parts() {
-    let (all, ..) = devices();
+    let all = devices();
     let at = layout(&[CPU, A, B], &[CPU, CPU, B], B);
     let model = split("deepseek2-v3", &all, at);
     let tokens = read_tokens(&fixture("deepseek2-v3").join("tokens.json"));
@@ -189,13 +260,13 @@ fn the_second_gpu_may_fail() {
         session.eval(&[1, 2])?;
         session.eval(&[3]).map(|_| ())
     };
-    let (all, _, second) = devices();
+    let (all, _, second) = interpreters();
     run(&all).expect("without faults it runs");
     let launches = second.counts().0;
     let mut seen = [0; 3];
     for n in (1..launches + 20).step_by(11) {
         for (kind, fault) in [Fault::Alloc(n), Fault::Launch(n), Fault::Lost(n)].into_iter().enumerate() {
-            let (all, first, second) = devices();
+            let (all, first, second) = interpreters();
             second.fail(fault);
             let Err(e) = run(&all) else { continue };
             assert!(matches!(e, EngineError::Kernel(kernels::KernelError::Gpu(_))), "{fault:?}: {e:?}");
@@ -211,7 +282,7 @@ fn the_second_gpu_may_fail() {
 /// experts it will compute, and is waited for once a layer, and for the logits.
 #[test]
 fn shared_experts_are_launched_before_the_hosts_begin() {
-    let (all, gpu, _) = devices();
+    let (all, gpu, _) = interpreters();
     let name = "deepseek2-v3";
     let model = split(name, &all, layout(&[A; 3], &[CPU; 3], A));
     let tokens = read_tokens(&fixture(name).join("tokens.json"));

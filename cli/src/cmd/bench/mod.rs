@@ -153,8 +153,11 @@ pub fn run(c: &Config) -> Result<()> {
         let model = match loaded.take() {
             Some((s, model)) if reuse(&s) => model,
             _ => {
-                let load =
-                    LoadConfig { source: setup.source.clone(), memory: setup.memory, threads: setup.threads };
+                let load = LoadConfig {
+                    source: setup.source.clone(),
+                    memory: setup.memory.clone(),
+                    threads: setup.threads,
+                };
                 let on = load.plan_all(c.tests.iter().map(|t| (setup.session(t.tokens()), t.sequences)))?;
                 load.load(on)?.0
             }
