@@ -1,7 +1,7 @@
 //! A stand-in for NVIDIA's driver library: the functions that `cuda/driver.rs` looks up, with the PTX interpreter behind them. Tests load it
 //! as libcuda.so.1, so that the program's way to a GPU runs to its end where there is none. `RSINFER_TEST_DRIVER` asks for what goes wrong:
-//! `old`, `none`, `pre-turing`, `small`, `refuses`, `lost`; `wrong:ENTRY` (that kernel subtracts where it first adds), `faults:ENTRY` (the GPU
-//! is lost when it is launched), `hangs:ENTRY`. Must not know of the backend.
+//! `old`, `none`, `pre-turing`, `small`, `refuses`, `lost`, `no graphs`, `lost in a graph`; `wrong:ENTRY` (that kernel subtracts where it first
+//! adds), `faults:ENTRY` (the GPU is lost when it is launched), `hangs:ENTRY`. Must not know of the backend.
 // NVIDIA documents what these do and ask.
 #![allow(clippy::missing_safety_doc, missing_docs)]
 
@@ -18,6 +18,7 @@ const INVALID_DEVICE: c_int = 101;
 const BAD_PTX: c_int = 218;
 const BAD_PTX_VERSION: c_int = 222;
 const NOT_FOUND: c_int = 500;
+const NOT_SUPPORTED: c_int = 801;
 const ILLEGAL_ADDRESS: c_int = 700;
 
 #[derive(Default)]
@@ -29,6 +30,29 @@ struct State {
     held: HashMap<u64, usize>,
     launches: usize,
     lost: bool,
+    graphs: Vec<Vec<Node>>,
+}
+
+/// A node of a graph.
+#[derive(Clone)]
+enum Node {
+    /// Function, grid, threads, shared memory, arguments.
+    Kernel(usize, [c_uint; 3], [c_uint; 3], c_uint, Vec<Param>),
+    /// To, from (on the host), bytes.
+    Copy(u64, usize, usize),
+}
+
+/// `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[repr(C)]
+pub struct KernelNode {
+    function: *mut c_void,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    params: *mut *mut c_void,
+    extra: *mut *mut c_void,
+    kernel: *mut c_void,
+    context: *mut c_void,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
@@ -302,22 +326,26 @@ pub unsafe extern "system" fn cuLaunchKernel(
     params: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> c_int {
-    let State { machine, modules, functions, launches, lost, .. } = &mut *state();
-    *launches += 1;
-    if stream != handle(42) || !extra.is_null() || *lost || (asked("lost") && *launches > 20) {
+    let s = &mut *state();
+    s.launches += 1;
+    if stream != handle(42) || !extra.is_null() || s.lost || (asked("lost") && s.launches > 20) {
         return ILLEGAL_ADDRESS;
     }
-    let Some((m, name)) = functions.get(number(function)) else { return INVALID_VALUE };
-    if asked_of("faults", name) {
-        *lost = true;
-        return ILLEGAL_ADDRESS;
-    }
-    if asked_of("hangs", name) {
-        std::thread::sleep(std::time::Duration::from_secs(3600));
-    }
-    let kernel = modules[*m].kernel(name).expect("found before");
+    // SAFETY: the caller's.
+    let Some(values) = (unsafe { arguments(s, number(function), params) }) else { return INVALID_VALUE };
+    let block = [threads_x, threads_y, threads_z];
+    run(s, number(function), [x, y, z], block, shared, &values)
+}
+
+/// The arguments of a launch.
+///
+/// # Safety
+/// `params` points to as many values, of their sizes, as the function has parameters.
+unsafe fn arguments(s: &State, function: usize, params: *mut *mut c_void) -> Option<Vec<Param>> {
+    let (m, name) = s.functions.get(function)?;
+    let kernel = s.modules[*m].kernel(name).expect("found before");
     let values = kernel.parameters().enumerate().map(|(i, size)| {
-        // SAFETY: the caller points to as many values of these sizes as the kernel has parameters.
+        // SAFETY: the caller's.
         let at = unsafe { *params.add(i) };
         match size {
             // SAFETY: as above.
@@ -326,7 +354,199 @@ pub unsafe extern "system" fn cuLaunchKernel(
             _ => Param::U32(unsafe { at.cast::<u32>().read() }),
         }
     });
-    let values: Vec<Param> = values.collect();
-    let block = [threads_x, threads_y, threads_z];
-    code(machine.launch(kernel, [x, y, z], block, shared as usize, &values))
+    Some(values.collect())
+}
+
+fn run(
+    s: &mut State,
+    function: usize,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    values: &[Param],
+) -> c_int {
+    let State { machine, modules, functions, lost, .. } = s;
+    let (m, name) = &functions[function];
+    if asked_of("faults", name) {
+        *lost = true;
+        return ILLEGAL_ADDRESS;
+    }
+    if asked_of("hangs", name) {
+        std::thread::sleep(std::time::Duration::from_secs(3600));
+    }
+    let kernel = modules[*m].kernel(name).expect("found before");
+    code(machine.launch(kernel, grid, block, shared as usize, values))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuMemHostAlloc(at: *mut *mut c_void, bytes: usize, flags: c_uint) -> c_int {
+    if flags != 0 {
+        return INVALID_VALUE;
+    }
+    // As long as the process: `cuMemFreeHost` is not told how much it is.
+    let memory = Box::leak(vec![0u8; bytes].into_boxed_slice());
+    // SAFETY: the caller's.
+    unsafe { give(at, memory.as_mut_ptr().cast()) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuMemFreeHost(_: *mut c_void) -> c_int {
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGraphCreate(graph: *mut *mut c_void, _: c_uint) -> c_int {
+    let s = &mut *state();
+    s.graphs.push(Vec::new());
+    // SAFETY: the caller's.
+    unsafe { give(graph, handle(s.graphs.len() - 1)) }
+}
+
+/// Adds a node behind the last, which `after` must name.
+///
+/// # Safety
+/// `after` points to `count` handles, `node` to room for one.
+unsafe fn add(
+    s: &mut State,
+    node: *mut *mut c_void,
+    graph: *mut c_void,
+    after: *const *mut c_void,
+    count: usize,
+    what: Node,
+) -> c_int {
+    let Some(nodes) = s.graphs.get_mut(number(graph)) else { return INVALID_VALUE };
+    // SAFETY: the caller's.
+    let chained = count == usize::from(!nodes.is_empty())
+        && (count == 0 || number(unsafe { *after }) == nodes.len() - 1);
+    if !chained {
+        return INVALID_VALUE;
+    }
+    nodes.push(what);
+    // SAFETY: the caller's.
+    unsafe { give(node, handle(nodes.len() - 1)) }
+}
+
+/// The node that the parameters say.
+///
+/// # Safety
+/// As the driver's interface says of them.
+unsafe fn kernel_node(s: &State, what: &KernelNode) -> Option<Node> {
+    let function = number(what.function);
+    // SAFETY: the caller's.
+    let values = unsafe { arguments(s, function, what.params) }?;
+    what.extra.is_null().then_some(Node::Kernel(function, what.grid, what.block, what.shared, values))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGraphAddKernelNode_v2(
+    node: *mut *mut c_void,
+    graph: *mut c_void,
+    after: *const *mut c_void,
+    count: usize,
+    what: *const KernelNode,
+) -> c_int {
+    let s = &mut *state();
+    // SAFETY: the caller's.
+    let Some(what) = (unsafe { kernel_node(s, &*what) }) else { return INVALID_VALUE };
+    // SAFETY: the caller's.
+    unsafe { add(s, node, graph, after, count, what) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGraphAddMemcpyNode(
+    node: *mut *mut c_void,
+    graph: *mut c_void,
+    after: *const *mut c_void,
+    count: usize,
+    what: *const [u64; 25],
+    context: *mut c_void,
+) -> c_int {
+    // `CUDA_MEMCPY3D` in words: kind, host and device of the source are words 4 to 6, of the destination 15 to 17; then width, height, depth.
+    // SAFETY: the caller's; kinds are half a word and padding, which the caller may leave open, so only that half is read.
+    let (from, to, [width, height, depth]) = unsafe {
+        let word = what.cast::<u64>();
+        let kind = |i: usize| word.add(i).cast::<u32>().read();
+        let from = (kind(4), word.add(5).read() as usize);
+        let to = (kind(15), word.add(17).read());
+        (from, to, [22, 23, 24].map(|i| word.add(i).read() as usize))
+    };
+    if (from.0, to.0, height, depth) != (1, 2, 1, 1) || context != handle(41) {
+        return INVALID_VALUE;
+    }
+    // SAFETY: the caller's.
+    unsafe { add(&mut state(), node, graph, after, count, Node::Copy(to.1, from.1, width)) }
+}
+
+/// An executable graph is a copy of the other.
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGraphInstantiateWithFlags(
+    exec: *mut *mut c_void,
+    graph: *mut c_void,
+    flags: u64,
+) -> c_int {
+    if asked("no graphs") {
+        return NOT_SUPPORTED;
+    }
+    let s = &mut *state();
+    let Some(nodes) = s.graphs.get(number(graph)).filter(|_| flags == 0).cloned() else {
+        return INVALID_VALUE;
+    };
+    s.graphs.push(nodes);
+    // SAFETY: the caller's.
+    unsafe { give(exec, handle(s.graphs.len() - 1)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGraphExecKernelNodeSetParams_v2(
+    exec: *mut c_void,
+    node: *mut c_void,
+    what: *const KernelNode,
+) -> c_int {
+    let s = &mut *state();
+    // SAFETY: the caller's.
+    let Some(new) = (unsafe { kernel_node(s, &*what) }) else { return INVALID_VALUE };
+    match s.graphs.get_mut(number(exec)).and_then(|g| g.get_mut(number(node))) {
+        Some(old @ Node::Kernel(..)) => *old = new,
+        _ => return INVALID_VALUE,
+    }
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuGraphLaunch(exec: *mut c_void, stream: *mut c_void) -> c_int {
+    let s = &mut *state();
+    if stream != handle(42) || s.lost || asked("lost in a graph") {
+        return ILLEGAL_ADDRESS;
+    }
+    let Some(nodes) = s.graphs.get(number(exec)).cloned() else { return INVALID_VALUE };
+    for node in nodes {
+        let done = match node {
+            Node::Kernel(function, grid, block, shared, values) => {
+                run(s, function, grid, block, shared, &values)
+            }
+            Node::Copy(to, from, bytes) => {
+                let from = std::ptr::with_exposed_provenance(from);
+                // SAFETY: pinned memory of the caller's, as the node was told.
+                code(s.machine.write(to, unsafe { std::slice::from_raw_parts(from, bytes) }))
+            }
+        };
+        if done != OK {
+            return done;
+        }
+    }
+    OK
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuGraphExecDestroy(exec: *mut c_void) -> c_int {
+    cuGraphDestroy(exec)
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuGraphDestroy(graph: *mut c_void) -> c_int {
+    match state().graphs.get_mut(number(graph)) {
+        Some(g) => g.clear(),
+        None => return INVALID_VALUE,
+    }
+    OK
 }

@@ -255,6 +255,13 @@ pub trait Backend: Send + Sync {
     }
     fn scratch_bytes(&self, limits: &Limits) -> usize;
     fn reserve(&self, limits: &Limits) -> Result<(), KernelError>;
+    /// A pass over rows of these prompts begins; see [`Device::for_rows`].
+    fn begin(&self, prompts: &[u32]) {
+        let _ = prompts;
+    }
+    fn start(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
     fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError>;
     fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError>;
     fn upload(&self, host: Weight) -> Result<Weight, KernelError>;
@@ -367,9 +374,15 @@ impl Device {
 
     /// The same device for a pass over rows of which row i belongs to a prompt that adds `prompts[i]` tokens, 0 when decoding
     /// ([`Visible::set_prompt`]): products with weights may take another method for rows of prompts. Those of a plain device count
-    /// as decoded.
+    /// as decoded. The pass begins here: a device may hold back what decoding asks of it until a result is read.
     pub fn for_rows(&self, prompts: &[u32]) -> Self {
+        self.0.begin(prompts);
         Self(self.0.clone(), self.1.clone(), Some(prompts.into()))
+    }
+
+    /// Begins what was asked for and is held back: the caller goes on to other work meanwhile.
+    pub fn start(&self) -> Result<(), KernelError> {
+        self.0.start()
     }
 
     /// What [`Device::for_rows`] was told, for a call of `n` rows.

@@ -3,7 +3,7 @@
 
 use crate::mirror::{self, Machine, Text};
 use kernels::cuda::modules::Ptx;
-use kernels::cuda::{Arg, CudaBackend, Gpu, GpuError, GpuInfo, KernelId, Launch};
+use kernels::cuda::{Arg, CudaBackend, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, STAGED, Step};
 use kernels::{Device, KernelError};
 use ptx::Param;
 use std::collections::HashMap;
@@ -14,8 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 pub enum Fault {
     /// The n-th allocation from now is refused.
     Alloc(usize),
-    /// The n-th launch from now fails.
+    /// The n-th launch from now is refused, of a kernel or a graph, and so are all that follow.
     Launch(usize),
+    /// The n-th call from now that makes, changes or runs a graph is refused, and so are all that follow.
+    Graph(usize),
     /// The n-th call of any kind from now finds the GPU lost, and so do all that follow.
     Lost(usize),
 }
@@ -31,6 +33,45 @@ pub enum Call {
     Launch(String),
 }
 
+/// What was asked of it so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Launches one by one.
+    pub launches: usize,
+    /// Copies from the host, one by one.
+    pub writes: usize,
+    /// How often the host waited.
+    pub waits: usize,
+    /// Graphs made.
+    pub graphs: usize,
+    /// Launches of a graph that were changed.
+    pub changes: usize,
+    /// Graphs run.
+    pub runs: usize,
+}
+
+impl std::ops::Sub for Counts {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            launches: self.launches - before.launches,
+            writes: self.writes - before.writes,
+            waits: self.waits - before.waits,
+            graphs: self.graphs - before.graphs,
+            changes: self.changes - before.changes,
+            runs: self.runs - before.runs,
+        }
+    }
+}
+
+/// A step of a graph, with its arguments or its number of bytes.
+#[derive(Clone)]
+enum Kept {
+    Launch(KernelId, Launch, Vec<Arg>),
+    Write(u64, usize),
+}
+
 struct State {
     machine: Machine,
     modules: Vec<(&'static str, Arc<Text>)>,
@@ -40,18 +81,12 @@ struct State {
     size: u64,
     fault: Option<Fault>,
     lost: bool,
-    launches: usize,
-    waits: usize,
     capability: (u32, u32),
     watcher: Option<Box<dyn FnMut(Call) + Send>>,
-}
-
-impl State {
-    fn tell(&mut self, call: Call) {
-        if let Some(w) = &mut self.watcher {
-            w(call);
-        }
-    }
+    graphs: Vec<Option<Vec<Kept>>>,
+    /// A graph ran since the host last waited.
+    running: bool,
+    counts: Counts,
 }
 
 /// An interpreted GPU; clones are the same one.
@@ -96,10 +131,11 @@ impl Interpreted {
             size,
             fault: None,
             lost: false,
-            launches: 0,
-            waits: 0,
             watcher: None,
             capability,
+            graphs: Vec::new(),
+            running: false,
+            counts: Counts::default(),
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -122,10 +158,14 @@ impl Interpreted {
         self.state().watcher = Some(Box::new(watcher));
     }
 
-    /// Launches so far, and how often the host waited for the GPU.
-    pub fn counts(&self) -> (usize, usize) {
-        let s = self.state();
-        (s.launches, s.waits)
+    /// What was asked of it so far.
+    pub fn counts(&self) -> Counts {
+        self.state().counts
+    }
+
+    /// Graphs that were made and not given up.
+    pub fn graphs(&self) -> usize {
+        self.state().graphs.iter().flatten().count()
     }
 
     /// Bytes held.
@@ -150,6 +190,65 @@ impl Interpreted {
             false => Ok(s),
         }
     }
+}
+
+impl State {
+    fn tell(&mut self, call: Call) {
+        if let Some(w) = &mut self.watcher {
+            w(call);
+        }
+    }
+
+    fn waited(&mut self) {
+        self.counts.waits += 1;
+        self.running = false;
+    }
+
+    /// A launch, alone or of a graph.
+    fn launches(&mut self) -> Result<(), GpuError> {
+        let refused = due(match &mut self.fault {
+            Some(Fault::Launch(n)) => Some(n),
+            _ => None,
+        });
+        if refused { Err(refusal("launch")) } else { Ok(()) }
+    }
+
+    /// One kernel.
+    fn execute(&mut self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
+        let (m, entry) = self.kernels[kernel.0].clone();
+        self.tell(Call::Launch(entry.clone()));
+        let module = self.modules[m].1.clone();
+        let params: Vec<Param> = args
+            .iter()
+            .map(|a| match a {
+                Arg::U64(x) => Param::U64(*x),
+                Arg::U32(x) => Param::U32(*x),
+                Arg::F32(x) => Param::F32(*x),
+            })
+            .collect();
+        let block = [launch.threads, 1, 1];
+        let done = self.machine.launch(&module, &entry, launch.grid, block, launch.shared as usize, &params);
+        done.map(|_| ()).map_err(failed("launch"))
+    }
+
+    /// A call on a graph.
+    fn graph(&mut self, id: GraphId) -> Result<&mut Vec<Kept>, GpuError> {
+        self.grants()?;
+        self.graphs.get_mut(id.0).and_then(Option::as_mut).ok_or_else(|| refusal("no such graph"))
+    }
+
+    fn grants(&mut self) -> Result<(), GpuError> {
+        // Once it is time it stays so.
+        let refused = due(match &mut self.fault {
+            Some(Fault::Graph(n)) => Some(n),
+            _ => None,
+        });
+        if refused { Err(refusal("graph")) } else { Ok(()) }
+    }
+}
+
+fn refusal(call: &'static str) -> GpuError {
+    GpuError::Driver { call, why: "a test asked for it".into() }
 }
 
 /// Counts down; true when it is time.
@@ -197,13 +296,14 @@ impl Gpu for Interpreted {
 
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError> {
         let mut s = self.call()?;
+        s.counts.writes += 1;
         s.tell(Call::Write);
         s.machine.write(at, bytes).map_err(failed("write"))
     }
 
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         let mut s = self.call()?;
-        s.waits += 1;
+        s.waited();
         s.tell(Call::Read);
         bytes.copy_from_slice(&s.machine.read(at, bytes.len()).map_err(failed("read"))?);
         Ok(())
@@ -226,32 +326,66 @@ impl Gpu for Interpreted {
 
     fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
         let mut s = self.call()?;
-        s.launches += 1;
-        let refused = due(match &mut s.fault {
-            Some(Fault::Launch(n)) => Some(n),
-            _ => None,
-        });
-        if refused {
-            return Err(GpuError::Driver { call: "launch", why: "a test asked for it".into() });
-        }
-        let (m, entry) = s.kernels[kernel.0].clone();
-        s.tell(Call::Launch(entry.clone()));
-        let module = s.modules[m].1.clone();
-        let params: Vec<Param> = args
-            .iter()
-            .map(|a| match a {
-                Arg::U64(x) => Param::U64(*x),
-                Arg::U32(x) => Param::U32(*x),
-                Arg::F32(x) => Param::F32(*x),
-            })
-            .collect();
-        let block = [launch.threads, 1, 1];
-        let done = s.machine.launch(&module, &entry, launch.grid, block, launch.shared as usize, &params);
-        done.map(|_| ()).map_err(failed("launch"))
+        s.counts.launches += 1;
+        s.launches()?;
+        s.execute(kernel, launch, args)
     }
 
     fn synchronize(&self) -> Result<(), GpuError> {
-        self.call()?.waits += 1;
+        self.call()?.waited();
+        Ok(())
+    }
+
+    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+        let mut s = self.call()?;
+        s.grants()?;
+        let kept = |step: &Step<'_>| match *step {
+            Step::Launch { kernel, launch, args } => Kept::Launch(kernel, launch, args.to_vec()),
+            Step::Write { at, bytes } => Kept::Write(at, bytes),
+        };
+        s.graphs.push(Some(steps.iter().map(kept).collect()));
+        s.counts.graphs += 1;
+        Ok(GraphId(s.graphs.len() - 1))
+    }
+
+    fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
+        let mut s = self.call()?;
+        match s.graph(graph)?.get_mut(i) {
+            Some(Kept::Launch(_, l, a)) if l.threads == launch.threads && a.len() == args.len() => {
+                (*l, *a) = (launch, args.to_vec());
+            }
+            _ => return Err(refusal("another kernel than the graph's")),
+        }
+        s.counts.changes += 1;
+        Ok(())
+    }
+
+    fn run(&self, graph: GraphId, bytes: &[u8]) -> Result<(), GpuError> {
+        let mut s = self.call()?;
+        let steps = s.graph(graph)?.clone();
+        s.launches()?;
+        // What a driver could not notice: bytes that change while they are read.
+        assert!(!std::mem::replace(&mut s.running, true), "the host waits between two graphs");
+        assert!(bytes.len() <= STAGED);
+        s.counts.runs += 1;
+        let mut rest = bytes;
+        for step in steps {
+            match step {
+                Kept::Launch(kernel, launch, args) => s.execute(kernel, launch, &args)?,
+                Kept::Write(at, n) => {
+                    let (some, more) = rest.split_at(n);
+                    s.tell(Call::Write);
+                    s.machine.write(at, some).map_err(failed("write"))?;
+                    rest = more;
+                }
+            }
+        }
+        assert!(rest.is_empty(), "bytes that no write takes");
+        Ok(())
+    }
+
+    fn forget(&self, graph: GraphId) -> Result<(), GpuError> {
+        self.call()?.graphs[graph.0] = None;
         Ok(())
     }
 }

@@ -104,6 +104,7 @@ impl Moe {
         far.dev.receive(dev, h.view(n), far.h.view_mut(n))?;
         if let Some(shared) = shared {
             dev.ffn(shared, h.view(n), x.view_mut(n), Write::Add)?;
+            dev.start()?;
         }
         far.dev.route(self.router(), far.h.view(n), routes)?;
         self.pager.experts(self.layer, &routes.ids);

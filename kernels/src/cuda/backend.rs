@@ -45,6 +45,8 @@ pub struct CudaBackend {
     host: CpuBackend,
 }
 
+/// Rows of a decoding pass that goes out as one: beyond, kernels take long enough to hide their launches.
+const HELD_ROWS: usize = 32;
 /// Bytes of weights sent at a time.
 const PIECE: usize = 4 << 20;
 
@@ -236,6 +238,15 @@ impl Backend for CudaBackend {
 
     fn reserve(&self, limits: &Limits) -> Result<(), KernelError> {
         self.scratch().reserve(limits)
+    }
+
+    fn begin(&self, prompts: &[u32]) {
+        self.scratch().begin();
+        self.gpu.gpu.begin(prompts.len() <= HELD_ROWS && prompts.iter().all(|p| *p == 0));
+    }
+
+    fn start(&self) -> Result<(), KernelError> {
+        Ok(self.gpu.gpu.start()?)
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {

@@ -2,10 +2,13 @@
 //! panics where it is missing. Functions are looked up by name with codes as plain numbers: a newer driver may return any. Documented
 //! in NVIDIA's "CUDA Driver API". Knows nothing of kernels' arguments but their sizes.
 
-use super::gpu::{Arg, Gpu, GpuError, GpuInfo, KernelId, Launch};
+mod graph;
+
+use super::gpu::{Arg, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, Step};
 use super::modules::Ptx;
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ops::Deref;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -42,56 +45,74 @@ mod attribute {
 }
 
 macro_rules! api {
-    ($($field:ident = $symbol:literal ($($arg:ty),*);)*) => {
-        /// The driver's functions.
-        struct Api {
+    ($(#[$doc:meta])* $vis:vis struct $name:ident { $($field:ident = $symbol:literal ($($arg:ty),*);)* }) => {
+        $(#[$doc])*
+        $vis struct $name {
             $($field: unsafe extern "system" fn($($arg),*) -> Code,)*
-            /// Keeps the functions where they are.
-            _library: Library,
         }
 
-        impl Api {
-            fn of(library: Library) -> Result<Self, GpuError> {
+        impl $name {
+            $vis fn of(library: &Library) -> Result<Self, GpuError> {
                 Ok(Self {
                     $($field: {
                         // SAFETY: the type is that of the function in NVIDIA's documentation; versions are part of its name.
                         let f = unsafe { library.get(concat!($symbol, "\0").as_bytes()) };
                         *f.map_err(|_| old_driver(concat!("without ", $symbol)))?
                     },)*
-                    _library: library,
                 })
             }
         }
     };
 }
+use api;
 
 api! {
-    init = "cuInit" (c_uint);
-    version = "cuDriverGetVersion" (*mut c_int);
-    error_name = "cuGetErrorName" (Code, *mut *const c_char);
-    error_text = "cuGetErrorString" (Code, *mut *const c_char);
-    count = "cuDeviceGetCount" (*mut c_int);
-    device = "cuDeviceGet" (*mut c_int, c_int);
-    name = "cuDeviceGetName" (*mut c_char, c_int, c_int);
-    attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
-    retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
-    release = "cuDevicePrimaryCtxRelease_v2" (c_int);
-    set_current = "cuCtxSetCurrent" (Handle);
-    stream = "cuStreamCreate" (*mut Handle, c_uint);
-    destroy_stream = "cuStreamDestroy_v2" (Handle);
-    synchronize = "cuStreamSynchronize" (Handle);
-    memory = "cuMemGetInfo_v2" (*mut usize, *mut usize);
-    alloc = "cuMemAlloc_v2" (*mut u64, usize);
-    free = "cuMemFree_v2" (u64);
-    zero = "cuMemsetD8Async" (u64, u8, usize, Handle);
-    write = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
-    read = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
-    load = "cuModuleLoadDataEx" (*mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
-    unload = "cuModuleUnload" (Handle);
-    function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
-    launch = "cuLaunchKernel" (
-        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
-    );
+    /// The driver's functions.
+    struct Functions {
+        init = "cuInit" (c_uint);
+        version = "cuDriverGetVersion" (*mut c_int);
+        error_name = "cuGetErrorName" (Code, *mut *const c_char);
+        error_text = "cuGetErrorString" (Code, *mut *const c_char);
+        count = "cuDeviceGetCount" (*mut c_int);
+        device = "cuDeviceGet" (*mut c_int, c_int);
+        name = "cuDeviceGetName" (*mut c_char, c_int, c_int);
+        attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
+        retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
+        release = "cuDevicePrimaryCtxRelease_v2" (c_int);
+        set_current = "cuCtxSetCurrent" (Handle);
+        stream = "cuStreamCreate" (*mut Handle, c_uint);
+        destroy_stream = "cuStreamDestroy_v2" (Handle);
+        synchronize = "cuStreamSynchronize" (Handle);
+        memory = "cuMemGetInfo_v2" (*mut usize, *mut usize);
+        alloc = "cuMemAlloc_v2" (*mut u64, usize);
+        free = "cuMemFree_v2" (u64);
+        zero = "cuMemsetD8Async" (u64, u8, usize, Handle);
+        write = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
+        read = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
+        load = "cuModuleLoadDataEx" (*mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
+        unload = "cuModuleUnload" (Handle);
+        function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
+        launch = "cuLaunchKernel" (
+            Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
+        );
+    }
+}
+
+/// The driver, as long as anything uses it.
+struct Api {
+    functions: Functions,
+    /// `None`: a driver without.
+    graphs: Option<graph::Functions>,
+    /// Keeps the functions where they are.
+    _library: Library,
+}
+
+impl Deref for Api {
+    type Target = Functions;
+
+    fn deref(&self) -> &Functions {
+        &self.functions
+    }
 }
 
 fn old_driver(found: &str) -> GpuError {
@@ -114,7 +135,8 @@ impl Api {
         // the system's doing, as with every library that a program loads.
         let library = unsafe { Library::new(LIBRARY) };
         let library = library.map_err(|_| GpuError::NoDriver { library: LIBRARY.into() })?;
-        let api = Self::of(library)?;
+        let (functions, graphs) = (Functions::of(&library)?, graph::Functions::of(&library).ok());
+        let api = Self { functions, graphs, _library: library };
         // SAFETY: as documented; no pointers.
         let begun = unsafe { (api.init)(0) };
         if begun != code::NO_DEVICE {
@@ -240,6 +262,7 @@ struct State {
     /// Names and handles.
     modules: Vec<(&'static str, Handle)>,
     kernels: Vec<Handle>,
+    graphs: graph::Graphs,
     /// Why the GPU is lost, if it is.
     lost: Option<String>,
 }
@@ -266,6 +289,11 @@ impl Driver {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn function(&self, kernel: KernelId) -> Result<Handle, GpuError> {
+        let missing = || GpuError::Driver { call: "cuLaunchKernel", why: "no such kernel".into() };
+        self.state().kernels.get(kernel.0).copied().ok_or_else(missing)
+    }
+
     /// A call in the context; what it says of a lost GPU is remembered.
     fn call(&self, name: &'static str, f: impl FnOnce(&Api) -> Code) -> Result<(), GpuError> {
         let mut state = self.state();
@@ -281,6 +309,16 @@ impl Driver {
         }
         done
     }
+}
+
+/// Where the arguments of a launch lie, as the driver takes them.
+fn addresses(args: &[Arg]) -> Vec<*mut c_void> {
+    let address = |a: &Arg| match a {
+        Arg::U64(x) => ptr::from_ref(x).cast_mut().cast(),
+        Arg::U32(x) => ptr::from_ref(x).cast_mut().cast(),
+        Arg::F32(x) => ptr::from_ref(x).cast_mut().cast(),
+    };
+    args.iter().map(address).collect()
 }
 
 impl Gpu for Driver {
@@ -389,16 +427,8 @@ impl Gpu for Driver {
     }
 
     fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
-        let missing = || GpuError::Driver { call: "cuLaunchKernel", why: "no such kernel".into() };
-        let function = self.state().kernels.get(kernel.0).copied().ok_or_else(missing)?;
-        let mut params: Vec<*mut c_void> = args
-            .iter()
-            .map(|a| match a {
-                Arg::U64(x) => ptr::from_ref(x).cast_mut().cast(),
-                Arg::U32(x) => ptr::from_ref(x).cast_mut().cast(),
-                Arg::F32(x) => ptr::from_ref(x).cast_mut().cast(),
-            })
-            .collect();
+        let function = self.function(kernel)?;
+        let mut params = addresses(args);
         let [x, y, z] = launch.grid;
         // SAFETY: a kernel of a loaded module; `params` points to as many values, each of its parameter's size, as the kernel takes
         // (`launch.rs` is held against every kernel by the interpreter, which checks both); the driver copies them at once.
@@ -423,11 +453,28 @@ impl Gpu for Driver {
         // SAFETY: the context's own stream.
         self.call("cuStreamSynchronize", |api| unsafe { (api.synchronize)(self.stream) })
     }
+
+    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+        self.make_graph(steps)
+    }
+
+    fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
+        self.change_graph(graph, i, launch, args)
+    }
+
+    fn run(&self, graph: GraphId, bytes: &[u8]) -> Result<(), GpuError> {
+        self.run_graph(graph, bytes)
+    }
+
+    fn forget(&self, graph: GraphId) -> Result<(), GpuError> {
+        self.forget_graph(graph)
+    }
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
         let _ = self.synchronize();
+        self.forget_graphs();
         let modules = std::mem::take(&mut self.state().modules);
         for (_, handle) in modules {
             // SAFETY: loaded by this object and used by nothing else.

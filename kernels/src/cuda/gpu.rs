@@ -2,6 +2,7 @@
 //! an interpreter of PTX where there is no GPU. Knows addresses and bytes; nothing of shapes or formats.
 
 use super::modules::Ptx;
+use super::queue::Queue;
 use crate::Place;
 use std::fmt;
 use std::sync::Arc;
@@ -115,6 +116,34 @@ pub struct Launch {
     pub shared: u32,
 }
 
+/// A step of a graph.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Step<'a> {
+    /// A launch.
+    Launch {
+        /// The kernel.
+        kernel: KernelId,
+        /// Its grid.
+        launch: Launch,
+        /// Its arguments.
+        args: &'a [Arg],
+    },
+    /// A copy from the host, of bytes that are told when the graph runs.
+    Write {
+        /// Where to.
+        at: u64,
+        /// How many.
+        bytes: usize,
+    },
+}
+
+/// A graph, by the number that the [`Gpu`] gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GraphId(pub usize);
+
+/// Bytes that the writes of one graph have room for.
+pub const STAGED: usize = 1 << 20;
+
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuInfo {
@@ -132,7 +161,7 @@ impl fmt::Display for GpuInfo {
     }
 }
 
-/// A GPU. Copies and launches happen in the order of the calls, whichever thread makes them; only [`Gpu::read`] and
+/// A GPU. Copies, launches and graphs happen in the order of the calls, whichever thread makes them; only [`Gpu::read`] and
 /// [`Gpu::synchronize`] wait. Addresses are the GPU's: an implementor may not assume that they are sound, and must answer with an
 /// error where it can tell.
 ///
@@ -161,11 +190,21 @@ pub trait Gpu: Send + Sync {
     fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
     /// Waits for everything, and reports what went wrong meanwhile.
     fn synchronize(&self) -> Result<(), GpuError>;
+    /// A graph of `steps`, each after the one before, that the GPU runs at one call. Its writes have at most [`STAGED`] bytes. A GPU that
+    /// knows no graphs refuses, and launches one by one do the same.
+    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError>;
+    /// Another grid and other arguments for step `i` of a graph, a launch of the same kernel.
+    fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
+    /// Runs a graph, some time. `bytes`: those of its writes, one after the other, which may be changed when it returns. The host must have
+    /// waited since the last run of any graph: all share the memory that their bytes wait in.
+    fn run(&self, graph: GraphId, bytes: &[u8]) -> Result<(), GpuError>;
+    /// Gives a graph up, once it has run.
+    fn forget(&self, graph: GraphId) -> Result<(), GpuError>;
 }
 
 /// A GPU with a count of what was allocated on it.
 pub(crate) struct Counted {
-    pub gpu: Box<dyn Gpu>,
+    pub gpu: Queue,
     pub place: Place,
     bytes: AtomicUsize,
 }
@@ -173,7 +212,8 @@ pub(crate) struct Counted {
 impl Counted {
     pub fn new(gpu: Box<dyn Gpu>) -> Self {
         static PLACES: AtomicU32 = AtomicU32::new(1);
-        Self { gpu, place: Place(PLACES.fetch_add(1, Relaxed)), bytes: AtomicUsize::new(0) }
+        let place = Place(PLACES.fetch_add(1, Relaxed));
+        Self { gpu: Queue::new(gpu), place, bytes: AtomicUsize::new(0) }
     }
 
     /// Bytes held on the device.

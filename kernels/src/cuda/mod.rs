@@ -14,8 +14,9 @@ pub mod layout;
 pub mod modules;
 mod operands;
 pub mod plan;
+mod queue;
 mod scratch;
 
 pub use backend::{CudaBackend, kv_bytes, scratch_bytes, weight_bytes};
 pub use driver::{devices, open};
-pub use gpu::{Arg, Gpu, GpuError, GpuInfo, KernelId, Launch, Memory};
+pub use gpu::{Arg, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, Memory, STAGED, Step};

@@ -75,6 +75,8 @@ const AREAS: [(Area, &str); 20] = [
 
 /// An area of what rows need is no larger, unless one row needs more: beyond, an operation takes several passes.
 const BUDGET: usize = 64 << 20;
+/// Words that lists are sent in; areas have a multiple of it.
+const ROUND: usize = 16;
 /// Bytes for what rows see beyond one span for each slot of the cache.
 const SPANS: usize = 64 << 10;
 
@@ -208,6 +210,11 @@ impl Scratch {
         Ok((self.room(a, each, each * rows)? / each).min(rows))
     }
 
+    /// A pass begins: its lists go to the same areas as those of any other, whatever was sent before.
+    pub fn begin(&mut self) {
+        self.lists.clear();
+    }
+
     /// A kernel is about to write there: what was sent is gone.
     pub fn forget(&mut self, areas: &[Area]) {
         self.lists.retain(|l| !areas.contains(&l.0));
@@ -227,10 +234,12 @@ impl Scratch {
         self.room(area, 4 * words.len(), 4 * words.len())?;
         self.lists.retain(|l| l.0 != area);
         let at = self.at(area);
-        if !words.is_empty() {
-            self.gpu.gpu.write(at, bytemuck::cast_slice(words))?;
-        }
-        self.lists.push((area, words.to_vec(), clock));
+        // Filled up to a round number, which areas hold: lists of one entry more or less are sent alike.
+        let mut sent = words.to_vec();
+        sent.resize(words.len().next_multiple_of(ROUND), 0);
+        self.gpu.gpu.write(at, bytemuck::cast_slice(&sent))?;
+        sent.truncate(words.len());
+        self.lists.push((area, sent, clock));
         Ok(at)
     }
 }

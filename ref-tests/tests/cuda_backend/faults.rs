@@ -7,14 +7,15 @@ use kernels::{Buf, Device, KernelError, Limits, View, Weight, Write};
 use ref_tests::fixture;
 use ref_tests::gpu::{Fault, Interpreted};
 
-/// Loads a tiny model, opens a session and evaluates two tokens.
+/// Loads a tiny model, opens a session and evaluates a prompt of two tokens, then four one by one: the first launch by launch, the others
+/// as a graph.
 fn run(device: &Device) -> Result<(), EngineError> {
     let options = LoadOptions { threads: 1, devices: Some(device.clone().into()), ..Default::default() };
     let model = Model::load(&fixture("qwen3moe").join("model.gguf"), &options)?;
     let o = SessionOptions { ctx: 8, batch: 4, ..Default::default() };
     let mut session = Session::new(&model, &o)?;
     session.eval(&[1, 2])?;
-    session.eval(&[3]).map(|_| ())
+    (3..7).try_for_each(|t| session.eval(&[t]).map(|_| ()))
 }
 
 fn reason(e: EngineError) -> GpuError {
@@ -28,7 +29,9 @@ fn reason(e: EngineError) -> GpuError {
 fn any_call_may_fail() {
     let (dev, on) = interpreted();
     run(&dev).expect("without faults it runs");
-    let launches = on.counts().0;
+    let counts = on.counts();
+    assert_eq!((counts.graphs, counts.runs), (1, 3));
+    let launches = counts.launches;
     assert_eq!(on.held(), dev.held());
     drop(dev);
     assert_eq!(on.held(), 0, "memory was given back");
@@ -44,6 +47,7 @@ fn any_call_may_fail() {
                 Fault::Alloc(_) => matches!(e, GpuError::Memory { .. }),
                 Fault::Launch(_) => matches!(e, GpuError::Driver { call: "launch", .. }),
                 Fault::Lost(_) => matches!(e, GpuError::Lost { .. }),
+                Fault::Graph(_) => false,
             };
             assert!(right, "{fault:?}: {e:?}");
             seen[kind] += 1;

@@ -3,6 +3,7 @@
 //! `RSINFER_TEST_GPU=cuda:0` all but the faults run on that GPU instead.
 
 mod faults;
+mod graphs;
 mod models;
 mod ops;
 mod split;

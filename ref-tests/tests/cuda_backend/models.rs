@@ -1,6 +1,6 @@
 //! Whole models through the engine: logits against Hugging Face's with the CPU's bars, and sequences that outlive their cache.
 
-use crate::{gpu, interpreted};
+use crate::gpu;
 use engine::{Devices, EngineError, LoadOptions, Model, Session, SessionOptions};
 use kernels::Device;
 use quant::DType;
@@ -143,22 +143,5 @@ fn saved_sequences_go_on() {
             Some(_) => assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits())),
             None => assert!(compare(&want, &got, want.len() / 3).max_kl <= 1e-6),
         }
-    }
-}
-
-/// A decoded token waits for the GPU once, for its logits, whatever the model.
-#[test]
-fn decoding_waits_for_the_logits_alone() {
-    for name in ["llama3", "qwen3moe", "deepseek2-v3"] {
-        let (dev, on) = interpreted();
-        let tokens = read_tokens(&fixture(name).join("tokens.json"));
-        let o = options(16, 8, DType::F16);
-        let mut session = Session::new(&load(name, Some(dev.clone().into())), &o).expect("a session");
-        eval(&mut session, &tokens[..3]);
-        let before = on.counts();
-        eval(&mut session, &tokens[3..4]);
-        let after = on.counts();
-        println!("{name}: {} launches a token", after.0 - before.0);
-        assert_eq!(after.1 - before.1, 1, "{name}");
     }
 }

@@ -262,7 +262,7 @@ fn the_second_gpu_may_fail() {
     };
     let (all, _, second) = interpreters();
     run(&all).expect("without faults it runs");
-    let launches = second.counts().0;
+    let launches = second.counts().launches;
     let mut seen = [0; 3];
     for n in (1..launches + 20).step_by(11) {
         for (kind, fault) in [Fault::Alloc(n), Fault::Launch(n), Fault::Lost(n)].into_iter().enumerate() {
@@ -292,7 +292,7 @@ fn shared_experts_are_launched_before_the_hosts_begin() {
     let (log, of) = (events.clone(), model.clone());
     let before = model.pager().stats().chosen;
     gpu.watch(move |call| log.lock().expect("a log").push((call, of.pager().stats().chosen - before)));
-    eval(&mut session, &tokens[3..4]);
+    session.eval(&tokens[3..4]).expect("a token");
     let events = std::mem::take(&mut *events.lock().expect("a log"));
     let chosen = model.pager().stats().chosen - before;
     let layers = (0..3).filter(|l| model.pager().expert_bytes(*l) > 0).count() as u64;

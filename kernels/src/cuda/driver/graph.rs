@@ -1,0 +1,273 @@
+//! Graphs of NVIDIA's driver: kernels and copies in a chain, run by one call. Layouts and functions as NVIDIA's "CUDA Driver API" has them
+//! since CUDA 12.0 ("Graph Management"). Copies read memory that the driver has pinned: one piece for all graphs, since one runs at a time.
+
+use super::{Code, Driver, Handle, addresses, api, old_driver};
+use crate::cuda::gpu::{Arg, GpuError, GraphId, KernelId, Launch, STAGED, Step};
+use libloading::Library;
+use std::ffi::{c_uint, c_void};
+use std::ptr;
+
+api! {
+    /// What graphs need.
+    pub(super) struct Functions {
+        create = "cuGraphCreate" (*mut Handle, c_uint);
+        add_kernel = "cuGraphAddKernelNode_v2" (*mut Handle, Handle, *const Handle, usize, *const KernelNode);
+        add_copy = "cuGraphAddMemcpyNode" (*mut Handle, Handle, *const Handle, usize, *const Memcpy, Handle);
+        instantiate = "cuGraphInstantiateWithFlags" (*mut Handle, Handle, u64);
+        change = "cuGraphExecKernelNodeSetParams_v2" (Handle, Handle, *const KernelNode);
+        launch = "cuGraphLaunch" (Handle, Handle);
+        destroy_exec = "cuGraphExecDestroy" (Handle);
+        destroy = "cuGraphDestroy" (Handle);
+        pin = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
+        unpin = "cuMemFreeHost" (*mut c_void);
+    }
+}
+
+/// `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[repr(C)]
+struct KernelNode {
+    function: Handle,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    params: *mut *mut c_void,
+    extra: *mut *mut c_void,
+    kernel: Handle,
+    context: Handle,
+}
+
+/// One side of a `CUDA_MEMCPY3D`.
+#[repr(C)]
+struct Side {
+    x: usize,
+    y: usize,
+    z: usize,
+    level: usize,
+    /// `CUmemorytype`.
+    kind: c_uint,
+    host: *mut c_void,
+    device: u64,
+    array: Handle,
+    reserved: Handle,
+    pitch: usize,
+    height: usize,
+}
+
+/// `CUDA_MEMCPY3D`.
+#[repr(C)]
+struct Memcpy {
+    from: Side,
+    to: Side,
+    width: usize,
+    height: usize,
+    depth: usize,
+}
+
+// As the C compiler lays them out where pointers have 64 bits.
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<KernelNode>() == 72 && size_of::<Side>() == 88 && size_of::<Memcpy>() == 200);
+
+impl Side {
+    const HOST: c_uint = 1;
+    const DEVICE: c_uint = 2;
+
+    /// A single row of `bytes`.
+    fn new(kind: c_uint, host: *mut c_void, device: u64, bytes: usize) -> Self {
+        let (array, reserved) = (ptr::null_mut(), ptr::null_mut());
+        Self { x: 0, y: 0, z: 0, level: 0, kind, host, device, array, reserved, pitch: bytes, height: 1 }
+    }
+}
+
+/// The graphs of a GPU, by their numbers, and the memory that their copies read.
+pub(super) struct Graphs {
+    all: Vec<Option<Graph>>,
+    staged: *mut u8,
+}
+
+impl Default for Graphs {
+    fn default() -> Self {
+        Self { all: Vec::new(), staged: ptr::null_mut() }
+    }
+}
+
+/// Its nodes are those of `graph`, which must live as long as they are named.
+struct Graph {
+    graph: Handle,
+    exec: Handle,
+    nodes: Vec<Handle>,
+    /// Kernels of nodes that are launches.
+    kernels: Vec<Option<KernelId>>,
+    bytes: usize,
+}
+
+fn refused(call: &'static str, why: &str) -> GpuError {
+    GpuError::Driver { call, why: why.into() }
+}
+
+impl Driver {
+    fn graphs(&self) -> Result<&Functions, GpuError> {
+        self.api.graphs.as_ref().ok_or_else(|| refused("cuGraphCreate", "this driver has no graphs"))
+    }
+
+    /// The memory that copies read, made when it is first asked for.
+    fn staged(&self) -> Result<*mut u8, GpuError> {
+        let here = self.state().graphs.staged;
+        if !here.is_null() {
+            return Ok(here);
+        }
+        let f = self.graphs()?;
+        let mut at = ptr::null_mut();
+        // SAFETY: writes an address; freed by `forget_graphs`.
+        self.call("cuMemHostAlloc", |_| unsafe { (f.pin)(&mut at, STAGED, 0) })?;
+        self.state().graphs.staged = at.cast();
+        Ok(at.cast())
+    }
+
+    fn node(
+        &self,
+        kernel: KernelId,
+        launch: Launch,
+        params: &mut [*mut c_void],
+    ) -> Result<KernelNode, GpuError> {
+        Ok(KernelNode {
+            function: self.function(kernel)?,
+            grid: launch.grid,
+            block: [launch.threads, 1, 1],
+            shared: launch.shared,
+            params: params.as_mut_ptr(),
+            extra: ptr::null_mut(),
+            kernel: ptr::null_mut(),
+            context: ptr::null_mut(),
+        })
+    }
+
+    /// See `Gpu::graph`.
+    pub(super) fn make_graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+        let (f, staged) = (self.graphs()?, self.staged()?);
+        let mut g = Graph {
+            graph: ptr::null_mut(),
+            exec: ptr::null_mut(),
+            nodes: Vec::with_capacity(steps.len()),
+            kernels: Vec::with_capacity(steps.len()),
+            bytes: 0,
+        };
+        // SAFETY: writes a handle, given back by `destroy`.
+        self.call("cuGraphCreate", |_| unsafe { (f.create)(&mut g.graph, 0) })?;
+        let made = steps.iter().try_for_each(|s| self.add(f, &mut g, *s, staged)).and_then(|()| {
+            // SAFETY: a graph with all its nodes; writes a handle.
+            self.call("cuGraphInstantiateWithFlags", |_| unsafe { (f.instantiate)(&mut g.exec, g.graph, 0) })
+        });
+        if let Err(e) = made {
+            let _ = self.destroy(g);
+            return Err(e);
+        }
+        let mut s = self.state();
+        let free = s.graphs.all.iter().position(Option::is_none);
+        let i = free.unwrap_or_else(|| {
+            s.graphs.all.push(None);
+            s.graphs.all.len() - 1
+        });
+        s.graphs.all[i] = Some(g);
+        Ok(GraphId(i))
+    }
+
+    /// A node for a step, behind the last.
+    fn add(&self, f: &Functions, g: &mut Graph, step: Step<'_>, staged: *mut u8) -> Result<(), GpuError> {
+        let (after, mut node) = (g.nodes.last().copied(), ptr::null_mut());
+        let (behind, count) =
+            (after.as_ref().map_or(ptr::null(), ptr::from_ref), usize::from(after.is_some()));
+        match step {
+            Step::Launch { kernel, launch, args } => {
+                let mut params = addresses(args);
+                let what = self.node(kernel, launch, &mut params)?;
+                // SAFETY: as `cuLaunchKernel`, which takes the same; arguments are copied at once. One node or none before it.
+                self.call("cuGraphAddKernelNode", |_| unsafe {
+                    (f.add_kernel)(&mut node, g.graph, behind, count, &what)
+                })?;
+                g.kernels.push(Some(kernel));
+            }
+            Step::Write { at, bytes } => {
+                if bytes > STAGED - g.bytes {
+                    return Err(refused("cuGraphAddMemcpyNode", "more bytes than wait for a graph"));
+                }
+                // SAFETY: within what was pinned.
+                let from = unsafe { staged.add(g.bytes) };
+                let what = Memcpy {
+                    from: Side::new(Side::HOST, from.cast(), 0, bytes),
+                    to: Side::new(Side::DEVICE, ptr::null_mut(), at, bytes),
+                    width: bytes,
+                    height: 1,
+                    depth: 1,
+                };
+                // SAFETY: pinned memory that lives as long as the graph, to device memory; a range that is not there is the driver's error.
+                self.call("cuGraphAddMemcpyNode", |_| unsafe {
+                    (f.add_copy)(&mut node, g.graph, behind, count, &what, self.context)
+                })?;
+                g.bytes += bytes;
+                g.kernels.push(None);
+            }
+        }
+        g.nodes.push(node);
+        Ok(())
+    }
+
+    /// Looks into a graph.
+    fn in_graph<T>(&self, id: GraphId, f: impl FnOnce(&Graph) -> Option<T>) -> Result<T, GpuError> {
+        let s = self.state();
+        let g = s.graphs.all.get(id.0).and_then(Option::as_ref);
+        g.and_then(f).ok_or_else(|| refused("cuGraphLaunch", "no such graph, or not these steps"))
+    }
+
+    /// See `Gpu::change`.
+    pub(super) fn change_graph(
+        &self,
+        id: GraphId,
+        i: usize,
+        launch: Launch,
+        args: &[Arg],
+    ) -> Result<(), GpuError> {
+        let f = self.graphs()?;
+        let (exec, node, kernel) =
+            self.in_graph(id, |g| Some((g.exec, *g.nodes.get(i)?, (*g.kernels.get(i)?)?)))?;
+        let mut params = addresses(args);
+        let what = self.node(kernel, launch, &mut params)?;
+        // SAFETY: a graph and its node, a launch of the same kernel; arguments are copied at once.
+        self.call("cuGraphExecKernelNodeSetParams", |_| unsafe { (f.change)(exec, node, &what) })
+    }
+
+    /// See `Gpu::run`.
+    pub(super) fn run_graph(&self, id: GraphId, bytes: &[u8]) -> Result<(), GpuError> {
+        let (f, staged) = (self.graphs()?, self.staged()?);
+        let exec = self.in_graph(id, |g| (g.bytes == bytes.len()).then_some(g.exec))?;
+        // SAFETY: no more than STAGED bytes, or there were no such graph; no Rust reference to them exists.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), staged, bytes.len()) };
+        // SAFETY: a graph of this context, and its stream.
+        self.call("cuGraphLaunch", |_| unsafe { (f.launch)(exec, self.stream) })
+    }
+
+    /// See `Gpu::forget`.
+    pub(super) fn forget_graph(&self, id: GraphId) -> Result<(), GpuError> {
+        let g = self.state().graphs.all.get_mut(id.0).and_then(Option::take);
+        g.map_or(Ok(()), |g| self.destroy(g))
+    }
+
+    fn destroy(&self, g: Graph) -> Result<(), GpuError> {
+        let f = self.graphs()?;
+        if !g.exec.is_null() {
+            // SAFETY: made by `make_graph`, named by nothing any more; one that runs is destroyed once it has run.
+            self.call("cuGraphExecDestroy", |_| unsafe { (f.destroy_exec)(g.exec) })?;
+        }
+        // SAFETY: likewise.
+        self.call("cuGraphDestroy", |_| unsafe { (f.destroy)(g.graph) })
+    }
+
+    /// Gives everything back; nothing runs any more.
+    pub(super) fn forget_graphs(&self) {
+        let Graphs { all, staged } = std::mem::take(&mut self.state().graphs);
+        all.into_iter().flatten().for_each(|g| drop(self.destroy(g)));
+        if let Some(f) = self.api.graphs.as_ref().filter(|_| !staged.is_null()) {
+            // SAFETY: pinned by `staged`; the graphs that read it are gone.
+            let _ = self.call("cuMemFreeHost", |_| unsafe { (f.unpin)(staged.cast()) });
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Decoding as graphs: one run and one wait a token, whatever the model, with the bits of launches one by one; and what becomes of refusals.
+
+use crate::interpreted;
+use crate::models::{load, options};
+use engine::{Context, Rows, Session, SessionOptions};
+use quant::DType;
+use ref_tests::gpu::{Counts, Fault, Interpreted};
+use ref_tests::{fixture, read_tokens};
+
+/// Logits after each token of a prompt's last `n`, decoded one by one behind the others, and what each cost.
+fn decode(
+    name: &str,
+    o: &SessionOptions,
+    prompt: usize,
+    n: usize,
+    fault: Option<Fault>,
+) -> (Vec<Vec<f32>>, Vec<Counts>, Interpreted) {
+    let (dev, on) = interpreted();
+    let tokens = read_tokens(&fixture(name).join("tokens.json"));
+    let tokens: Vec<u32> = tokens.iter().copied().cycle().take(prompt + n).collect();
+    let mut session = Session::new(&load(name, Some(dev.into())), o).expect("a session");
+    session.eval(&tokens[..prompt]).expect("evaluation");
+    fault.into_iter().for_each(|f| on.fail(f));
+    let (mut logits, mut counts) = (Vec::new(), Vec::new());
+    for t in &tokens[prompt..] {
+        let before = on.counts();
+        logits.push(session.eval(&[*t]).expect("evaluation").to_vec());
+        counts.push(on.counts() - before);
+    }
+    (logits, counts, on)
+}
+
+#[test]
+fn a_token_is_one_graph_and_one_wait() {
+    for (name, kv) in [
+        ("llama3", "full"),
+        ("gemma3", "sinks:2+window:6"),
+        ("qwen3moe", "full"),
+        ("deepseek2-v3", "full"),
+        ("deepseek2-v2-lite", "sinks:2+window:6"),
+    ] {
+        let o = SessionOptions { kv: kv.parse().expect("a policy"), ..options(24, 8, DType::F16) };
+        let (logits, counts, on) = decode(name, &o, 3, 8, None);
+        let first = counts[0];
+        println!("{name}, {kv}: {} launches and {} writes a token", first.launches, first.writes);
+        assert!(counts.iter().all(|c| c.waits == 1), "{name}: {counts:?}");
+        // What is new goes out as it comes: the first token, and where the ring turns what rows see is another number of spans.
+        let plain = counts.iter().filter(|c| c.launches > 0).count();
+        assert!(plain <= 2, "{name}: {counts:?}");
+        for c in counts.iter().filter(|c| c.launches == 0) {
+            assert_eq!((c.runs, c.writes), (1, 0), "{name}");
+            assert!(c.graphs == 1 || c.changes == 0, "{name}: {c:?}");
+        }
+        assert_eq!(on.counts().graphs, plain, "{name}");
+        let (want, counts, _) = decode(name, &o, 3, 8, Some(Fault::Graph(1)));
+        assert!(counts.iter().all(|c| c.runs == 0), "{name}: {counts:?}");
+        assert!(same(&logits, &want), "{name}");
+    }
+}
+
+fn same(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
+    a.iter().flatten().map(|x| x.to_bits()).eq(b.iter().flatten().map(|x| x.to_bits()))
+}
+
+/// Where rows come to see another part of 128 entries, attention's launches are changed and nothing else.
+#[test]
+fn longer_lists_change_a_few_launches() {
+    let o = options(136, 128, DType::F16);
+    let (logits, counts, _) = decode("llama3", &o, 125, 6, None);
+    let changes: Vec<usize> = counts.iter().map(|c| c.changes).collect();
+    // The token behind 128 others: `attend` and `merge` of three layers.
+    assert_eq!(changes, [0, 0, 0, 6, 0, 0]);
+    assert_eq!(counts.iter().map(|c| c.graphs).sum::<usize>(), 1);
+    let (want, ..) = decode("llama3", &o, 125, 6, Some(Fault::Graph(1)));
+    assert!(same(&logits, &want));
+}
+
+/// A refusal of any call on graphs changes no bit; one of a run changes nothing before it.
+#[test]
+fn refused_graphs_are_launches() {
+    let o = options(16, 8, DType::F16);
+    let (want, ..) = decode("qwen3moe", &o, 3, 5, Some(Fault::Graph(1)));
+    for n in [2, 3, 4] {
+        let (got, counts, on) = decode("qwen3moe", &o, 3, 5, Some(Fault::Graph(n)));
+        assert!(same(&got, &want), "{n}");
+        assert_eq!((counts[4].runs, on.graphs()), (0, 0), "{n}: {counts:?}");
+    }
+}
+
+/// Sequences side by side, in passes of one and two rows: a graph for each, bits as alone.
+#[test]
+fn several_sequences_share_graphs() {
+    let (dev, on) = interpreted();
+    let model = load("llama3", Some(dev.clone().into()));
+    let mut context = Context::new(&model, &options(16, 8, DType::F16), 2).expect("a context");
+    let a = context.cache_mut().admit(0).expect("room");
+    let b = context.cache_mut().admit(0).expect("room");
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    let mut one = |seq, token, logits: &mut Vec<f32>| {
+        context.forward(&[Rows { seq, tokens: &[token], prompt: 0 }]).expect("a pass");
+        context.logits(&[0], logits).expect("logits");
+    };
+    for t in 1..7 {
+        one(a, t, &mut alone);
+        // The second a token behind the first.
+        if t > 1 {
+            one(b, t - 1, &mut beside);
+        }
+    }
+    assert_eq!(on.counts().graphs, 1);
+    assert!(alone.iter().zip(&beside).all(|(x, y)| x.to_bits() == y.to_bits()));
+    let before = on.counts();
+    for t in 1..4u32 {
+        let both =
+            [Rows { seq: a, tokens: &[6 + t], prompt: 0 }, Rows { seq: b, tokens: &[5 + t], prompt: 0 }];
+        context.forward(&both).expect("a pass");
+        context.logits(&[0, 1], &mut alone).expect("logits");
+    }
+    let counts = on.counts() - before;
+    assert_eq!((counts.graphs, counts.runs, counts.waits), (1, 2, 3));
+    drop((context, model, dev));
+    assert_eq!(on.held(), 0);
+}
