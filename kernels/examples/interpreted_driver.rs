@@ -21,6 +21,9 @@ const NOT_FOUND: c_int = 500;
 const NOT_SUPPORTED: c_int = 801;
 const ILLEGAL_ADDRESS: c_int = 700;
 
+/// Shared memory of a block, as of an A100.
+const SHARED: c_int = 163 << 10;
+
 #[derive(Default)]
 struct State {
     machine: Machine,
@@ -168,6 +171,7 @@ pub unsafe extern "system" fn cuDeviceGetAttribute(x: *mut c_int, what: c_int, d
         75 if asked("pre-turing") => 7,
         75 => 8,
         76 => 0,
+        97 => SHARED,
         17 => 0,
         _ => return INVALID_VALUE,
     };
@@ -310,6 +314,19 @@ pub unsafe extern "system" fn cuModuleGetFunction(
     s.functions.push((m, name));
     // SAFETY: the caller's.
     unsafe { give(function, handle(s.functions.len() - 1)) }
+}
+
+/// A kernel's own shared memory; the interpreter does not tell it, and allows any.
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuFuncGetAttribute(x: *mut c_int, what: c_int, _: *mut c_void) -> c_int {
+    // SAFETY: the caller's.
+    if what == 1 { unsafe { give(x, 0) } } else { INVALID_VALUE }
+}
+
+#[unsafe(no_mangle)]
+pub extern "system" fn cuFuncSetAttribute(function: *mut c_void, what: c_int, bytes: c_int) -> c_int {
+    let known = number(function) < state().functions.len();
+    if known && what == 8 && (0..=SHARED).contains(&bytes) { OK } else { INVALID_VALUE }
 }
 
 #[unsafe(no_mangle)]

@@ -4,6 +4,7 @@
 use crate::Weight;
 use crate::backend::Ffn;
 use crate::cpu::matmul::needs_quantized;
+use quant::DType;
 
 /// The widest hidden layers, by what the next product reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,6 +13,21 @@ pub struct Hidden {
     pub rounded: usize,
     /// Values of a row that stays in f32.
     pub float: usize,
+    /// Of these, values that meet weights of F16.
+    pub f16: usize,
+    /// And of BF16.
+    pub bf16: usize,
+}
+
+impl Hidden {
+    fn max(self, other: Self) -> Self {
+        Self {
+            rounded: self.rounded.max(other.rounded),
+            float: self.float.max(other.float),
+            f16: self.f16.max(other.f16),
+            bf16: self.bf16.max(other.bf16),
+        }
+    }
 }
 
 /// Upper bounds on what calls will ask for, from which a backend sizes its scratch memory once.
@@ -21,6 +37,10 @@ pub struct Limits {
     pub tokens: usize,
     /// The widest input of any product whose weight is quantised.
     pub max_in: usize,
+    /// The widest input of any product whose weight is F16.
+    pub f16_in: usize,
+    /// The same for BF16.
+    pub bf16_in: usize,
     /// The most outputs of any product.
     pub max_out: usize,
     /// Bytes of the shortest row of a product's weight; 0: no product.
@@ -50,38 +70,42 @@ pub struct Limits {
 impl Limits {
     /// A product with `w` will be asked for.
     pub fn product(&mut self, w: &Weight) {
-        if needs_quantized(w) {
-            self.max_in = self.max_in.max(w.cols());
-        }
+        self.input(w);
         self.max_out = self.max_out.max(w.rows());
         let row = w.row_bytes();
         self.min_row_bytes = if self.min_row_bytes == 0 { row } else { self.min_row_bytes.min(row) };
     }
 
+    fn input(&mut self, w: &Weight) {
+        let most = match w.dtype() {
+            DType::F16 => &mut self.f16_in,
+            DType::BF16 => &mut self.bf16_in,
+            _ if needs_quantized(w) => &mut self.max_in,
+            _ => return,
+        };
+        *most = w.cols().max(*most);
+    }
+
     fn layer(&mut self, f: &Ffn<'_>) -> Hidden {
-        if needs_quantized(f.gate) || needs_quantized(f.up) {
-            self.max_in = self.max_in.max(f.gate.cols());
-        }
+        self.input(f.gate);
+        self.input(f.up);
         self.width = self.width.max(f.gate.cols());
         let width = f.down.cols();
+        let of = |dtype: DType| if f.down.dtype() == dtype { width } else { 0 };
         match needs_quantized(f.down) {
-            true => Hidden { rounded: width, float: 0 },
-            false => Hidden { rounded: 0, float: width },
+            true => Hidden { rounded: width, ..Hidden::default() },
+            false => Hidden { rounded: 0, float: width, f16: of(DType::F16), bf16: of(DType::BF16) },
         }
     }
 
     /// A dense layer, or shared experts.
     pub fn ffn(&mut self, f: Ffn<'_>) {
-        let h = self.layer(&f);
-        self.hidden.rounded = self.hidden.rounded.max(h.rounded);
-        self.hidden.float = self.hidden.float.max(h.float);
+        self.hidden = self.hidden.max(self.layer(&f));
     }
 
     /// A mixture of experts of which each token uses `used`.
     pub fn experts(&mut self, f: Ffn<'_>, used: usize) {
-        let h = self.layer(&f);
-        self.routed.rounded = self.routed.rounded.max(h.rounded);
-        self.routed.float = self.routed.float.max(h.float);
+        self.routed = self.routed.max(self.layer(&f));
         self.experts = self.experts.max(f.gate.count());
         self.used = self.used.max(used);
     }

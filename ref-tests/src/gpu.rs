@@ -121,6 +121,11 @@ impl Interpreted {
         Self::of(Machine::new(), size, mirror::device().map_or((7, 5), |d| d.capability()))
     }
 
+    /// One of another generation than Turing: texts for `sm_80` run from 8.0 on.
+    pub fn like(capability: (u32, u32), size: u64) -> Self {
+        Self::of(Machine::alone(), size, capability)
+    }
+
     fn of(machine: Machine, size: u64, capability: (u32, u32)) -> Self {
         let (held, modules, kernels) = (HashMap::new(), Vec::new(), Vec::new());
         let state = State {
@@ -261,7 +266,14 @@ fn due(n: Option<&mut usize>) -> bool {
 
 impl Gpu for Interpreted {
     fn info(&self) -> GpuInfo {
-        GpuInfo { name: "PTX interpreter".into(), capability: self.state().capability, display: false }
+        let capability = self.state().capability;
+        let shared = match capability {
+            (7, _) => 64,
+            (8, 6 | 9) | (12, _) => 99,
+            (8, _) => 163,
+            _ => 227,
+        };
+        GpuInfo { name: "PTX interpreter".into(), capability, shared: shared << 10, display: false }
     }
 
     fn memory(&self) -> Result<(u64, u64), GpuError> {

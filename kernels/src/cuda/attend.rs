@@ -18,11 +18,12 @@ impl CudaBackend {
         v: &Visible,
         rows: Range<usize>,
         group: usize,
+        lanes: usize,
     ) -> Result<(Range<usize>, Tiles), KernelError> {
         let (first, mut n) = (rows.start, rows.len());
         let mut plan = Plan::default();
         loop {
-            plan.set(v, first..first + n, group);
+            plan.set(v, first..first + n, group, lanes);
             plan.tiles.iter_mut().for_each(|t| t[0] -= first as u32);
             // Pairs first: they are read as such.
             let words = [plan.ranges.concat(), plan.tiles.concat(), plan.segments.concat()].concat();
@@ -34,7 +35,7 @@ impl CudaBackend {
             let ranges = s.send(&[Area::Lists, Area::OtherLists], &words)?;
             let tiles = ranges + 8 * plan.ranges.len() as u64;
             let segments = tiles + 20 * plan.tiles.len() as u64;
-            let (count, heads) = (plan.tiles.len(), plan::heads(group));
+            let (count, heads) = (plan.tiles.len(), plan::heads(group, lanes));
             return Ok((first..first + n, Tiles { tiles, segments, ranges, count, heads }));
         }
     }
@@ -115,7 +116,8 @@ impl CudaBackend {
             let (prompt, end) = run(a.visible, first, tiled);
             let mut rows = first..end;
             if prompt {
-                let (some, tiles) = self.tiles(s, a.visible, rows, a.heads / a.kv_heads)?;
+                let lanes = self.kernels.prompt_lanes(&op(&rows));
+                let (some, tiles) = self.tiles(s, a.visible, rows, a.heads / a.kv_heads, lanes)?;
                 self.kernels.prompt(&op(&some), tiles, out.part(some.clone()))?;
                 rows = some;
             }
@@ -190,12 +192,12 @@ impl CudaBackend {
             let mut rows = first..end.min(first + most);
             let mut tiles = None;
             if prompt {
-                let (some, t) = self.tiles(s, m.visible, rows, heads)?;
+                let (some, t) = self.tiles(s, m.visible, rows, heads, plan::LANES)?;
                 (rows, tiles) = (some, Some(t));
             }
             let jobs = rows.len() * heads;
             let ids = self.head_ids(s, jobs, heads)?;
-            let sorted = self.sorted(s, ids, rows.len(), heads, heads)?;
+            let sorted = self.sorted(s, ids, rows.len(), heads, heads, false)?;
             // Job j is head j % heads of its row.
             let each_head = |w: Matrix, x: Input, to: Floats| match sorted {
                 Some(j) => self.kernels.matmul(w, x, Some(Sorted { share: 1, ..j }), None, 0, to, false),
@@ -206,7 +208,7 @@ impl CudaBackend {
             match m.up {
                 MlaUp::Split { k_b, .. } => {
                     let x = q.part(rows.clone()).heads(m.nope, step).ok_or_else(gaps)?;
-                    let x = self.input(s, Area::Hidden, x, &[k_b])?;
+                    let x = self.input(s, Area::Hidden, x, &[k_b], false)?;
                     each_head(Matrix::of(k_b)?, x, absorbed)?;
                 }
                 MlaUp::Joint { kv_b } => {
@@ -251,7 +253,7 @@ impl CudaBackend {
                 at = some.end;
             }
             // And what they saw out of them.
-            let x = self.input(s, Area::Hidden, Floats::dense(sums.at, jobs, latent), &[v_b])?;
+            let x = self.input(s, Area::Hidden, Floats::dense(sums.at, jobs, latent), &[v_b], false)?;
             let to = out.part(rows.clone()).heads(m.value, m.value).ok_or_else(gaps)?;
             each_head(values, x, to)?;
             first = rows.end;

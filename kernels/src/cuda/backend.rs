@@ -6,8 +6,11 @@ use super::gpu::{Counted, Gpu, Memory};
 use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
 use super::modules;
-use super::operands::{BLOCK_BYTES, Cache, Floats, Input, Matrix, Product, Sorted};
+use super::operands::{
+    BLOCK_BYTES, Cache, Floats, Input, Matrix, Product, Sorted, input_bytes, inputs_bytes,
+};
 use super::scratch::{Area, Scratch, Sizes, tile_bytes};
+use super::split;
 use crate::backend::*;
 use crate::cpu::CpuBackend;
 use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weight};
@@ -75,17 +78,45 @@ impl CudaBackend {
         Ok(Memory::new(&self.gpu, bytes, what)?)
     }
 
-    /// x rounded into `area`, if one of the weights asks for it. The area must hold it.
+    /// x as the weights read it, in `area`: rounded, and where rows are tiled in parts. The area must hold it ([`inputs_bytes`]).
     pub(super) fn input(
         &self,
         s: &Scratch,
         area: Area,
         x: Floats,
         weights: &[&Weight],
+        tiled: bool,
     ) -> Result<Input, KernelError> {
-        let needed = weights.iter().any(|w| layout::rounds(w.dtype()));
-        let rounded = if needed { Some(self.kernels.round(x, s.at(area))?) } else { None };
-        Ok(Input { float: x, rounded })
+        let mut at = s.at(area);
+        let mut take = |dtype: DType| {
+            at += (x.rows * input_bytes(dtype, x.cols, tiled)) as u64;
+            at - (x.rows * input_bytes(dtype, x.cols, tiled)) as u64
+        };
+        let rounds = weights.iter().find(|w| layout::rounds(w.dtype()));
+        let rounded = rounds.map(|w| self.kernels.round(x, take(w.dtype()))).transpose()?;
+        let mut split = |dtype: DType| {
+            let asked = tiled && weights.iter().any(|w| w.dtype() == dtype);
+            asked.then(|| self.kernels.split(dtype, x, take(dtype))).transpose()
+        };
+        // F16 last: its scales end anywhere.
+        let bf16 = split(DType::BF16)?;
+        Ok(Input { float: x, rounded, split: [split(DType::F16)?, bf16] })
+    }
+
+    /// The rows of a call in runs that take the same products, and whether these are the ones of prompts on tensor cores, which weights
+    /// of F16 and BF16 have. A property of a row's request, never of the call.
+    fn runs(&self, prompts: &[u32], n: usize, weights: &[&Weight]) -> Vec<(Range<usize>, bool)> {
+        let halves = weights.iter().any(|w| matches!(w.dtype(), DType::F16 | DType::BF16));
+        if prompts.is_empty() || !halves || !self.kernels.splits() {
+            return vec![(0..n, false)];
+        }
+        let tiled = |p: &u32| *p as usize > COLUMNS;
+        let mut at = 0;
+        let run = |run: &[u32]| {
+            at += run.len();
+            (at - run.len()..at, tiled(&run[0]))
+        };
+        prompts.chunk_by(|a, b| tiled(a) == tiled(b)).map(run).collect()
     }
 
     /// `act(gate x) * up x` in [`Area::Gate`], as `down` reads it. `ids`: matrices of a stack, for each row of x so many; sorted where
@@ -97,13 +128,14 @@ impl CudaBackend {
         x: Input,
         ids: Option<(u64, usize)>,
         sorted: Option<Sorted>,
+        tiled: bool,
     ) -> Result<Input, KernelError> {
         let width = f.gate.rows();
         let jobs = x.float.rows * ids.map_or(1, |i| i.1);
         s.room(Area::Gate, 4 * jobs * width, 4 * jobs * width)?;
         let gate = Floats::dense(s.at(Area::Gate), jobs, width);
         let (g, u) = (Matrix::of(f.gate)?, Matrix::of(f.up)?);
-        if g.dtype == u.dtype {
+        if g.dtype == u.dtype && self.kernels.fuses(g, &x) {
             let up = (u, f.act);
             match (sorted, ids) {
                 (Some(_), _) => self.kernels.matmul(g, x, sorted, Some(up), 0, gate, false)?,
@@ -122,29 +154,29 @@ impl CudaBackend {
             }
             self.kernels.glu(gate, up, f.act)?;
         }
-        if layout::rounds(f.down.dtype()) {
-            let bytes = jobs * width.div_ceil(256) * BLOCK_BYTES;
-            s.room(Area::Hidden, bytes, bytes)?;
-        }
-        self.input(s, Area::Hidden, gate, &[f.down])
+        let bytes = jobs * inputs_bytes(&[f.down], width, tiled);
+        s.room(Area::Hidden, bytes, bytes)?;
+        self.input(s, Area::Hidden, gate, &[f.down], tiled)
     }
 
     /// How many of `rows` rows of a feed-forward layer, `used` times over, fit the areas.
-    fn ffn_rows(&self, s: &mut Scratch, f: &Ffn<'_>, used: usize, rows: usize) -> Result<usize, KernelError> {
+    fn ffn_rows(
+        &self,
+        s: &mut Scratch,
+        f: &Ffn<'_>,
+        used: usize,
+        rows: usize,
+        tiled: bool,
+    ) -> Result<usize, KernelError> {
         let width = f.gate.rows() * used;
         let mut n = s.rows(Area::Gate, 4 * width, rows)?;
         n = n.min(s.rows(Area::Up, 4 * width, rows)?);
-        if layout::rounds(f.gate.dtype()) || layout::rounds(f.up.dtype()) {
-            n = n.min(s.rows(Area::Input, f.gate.cols().div_ceil(256) * BLOCK_BYTES, rows)?);
-        }
-        if layout::rounds(f.down.dtype()) {
-            let each = used * f.gate.rows().div_ceil(256) * BLOCK_BYTES;
-            n = n.min(s.rows(Area::Hidden, each, rows)?);
-        }
-        Ok(n)
+        n = n.min(s.rows(Area::Input, inputs_bytes(&[f.gate, f.up], f.gate.cols(), tiled), rows)?);
+        n = n.min(s.rows(Area::Hidden, used * inputs_bytes(&[f.down], f.gate.rows(), tiled), rows)?);
+        Ok(whole_tiles(n, rows))
     }
 
-    /// The jobs of `rows` rows by expert (or head), where there are so many rows that experts are worth a tile.
+    /// The jobs of `rows` rows by expert (or head), where there are so many rows that experts are worth a tile, or rows are tiled.
     pub(super) fn sorted(
         &self,
         s: &mut Scratch,
@@ -152,8 +184,9 @@ impl CudaBackend {
         rows: usize,
         used: usize,
         experts: usize,
+        tiled: bool,
     ) -> Result<Option<Sorted>, KernelError> {
-        if rows <= COLUMNS {
+        if rows <= COLUMNS && !tiled {
             return Ok(None);
         }
         let jobs = rows * used;
@@ -165,7 +198,7 @@ impl CudaBackend {
     }
 
     /// Runs of neighbouring slots: first slot, place in `slots`, length.
-    fn runs(slots: &[u32]) -> impl Iterator<Item = (u64, usize, usize)> {
+    fn neighbours(slots: &[u32]) -> impl Iterator<Item = (u64, usize, usize)> {
         let mut at = 0;
         std::iter::from_fn(move || {
             let first = *slots.get(at)?;
@@ -205,6 +238,11 @@ impl CudaBackend {
         self.host.kv_save(&here, &ids, &mut rows)?;
         self.kv_load(cache, slots, &rows)
     }
+}
+
+/// `n` of `rows` rows at a time, in whole tiles of the largest products where that is more than one.
+fn whole_tiles(n: usize, rows: usize) -> usize {
+    if n < rows && n > split::COLUMNS { n / split::COLUMNS * split::COLUMNS } else { n }
 }
 
 fn address(x: Option<u64>) -> Result<u64, KernelError> {
@@ -365,31 +403,32 @@ impl Backend for CudaBackend {
 
     fn matmul(
         &self,
-        _: &[u32],
+        prompts: &[u32],
         x: View<'_>,
         products: &mut [crate::backend::Product<'_>],
     ) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
         let x = Floats::of(&x)?;
         let weights: Vec<&Weight> = products.iter().map(|p| p.weight).collect();
-        let rounded = weights.iter().any(|w| layout::rounds(w.dtype()));
-        let each = if rounded { x.cols.div_ceil(256) * BLOCK_BYTES } else { 0 };
-        let n = s.rows(Area::Input, each, x.rows)?.max(1);
-        for first in (0..x.rows).step_by(n) {
-            let rows = first..x.rows.min(first + n);
-            let input = self.input(s, Area::Input, x.part(rows.clone()), &weights)?;
-            let each = products.iter().map(|p| {
-                let (w, out) = (Matrix::of(p.weight)?, Floats::of_mut(&p.out)?.part(rows.clone()));
-                Ok(Product { w, bias: vector(p.bias)?, out, add: p.write == Write::Add })
-            });
-            self.kernels.products(&each.collect::<Result<Vec<_>, KernelError>>()?, input)?;
+        for (run, tiled) in self.runs(prompts, x.rows, &weights) {
+            let n = s.rows(Area::Input, inputs_bytes(&weights, x.cols, tiled), run.len())?;
+            let n = whole_tiles(n, run.len()).max(1);
+            for first in run.clone().step_by(n) {
+                let rows = first..run.end.min(first + n);
+                let input = self.input(s, Area::Input, x.part(rows.clone()), &weights, tiled)?;
+                let each = products.iter().map(|p| {
+                    let (w, out) = (Matrix::of(p.weight)?, Floats::of_mut(&p.out)?.part(rows.clone()));
+                    Ok(Product { w, bias: vector(p.bias)?, out, add: p.write == Write::Add })
+                });
+                self.kernels.products(&each.collect::<Result<Vec<_>, KernelError>>()?, input)?;
+            }
         }
         Ok(())
     }
 
     fn ffn(
         &self,
-        _: &[u32],
+        prompts: &[u32],
         f: Ffn<'_>,
         x: View<'_>,
         out: ViewMut<'_>,
@@ -397,13 +436,15 @@ impl Backend for CudaBackend {
     ) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
         let (x, out) = (Floats::of(&x)?, Floats::of_mut(&out)?);
-        let n = self.ffn_rows(s, &f, 1, x.rows)?.max(1);
-        for first in (0..x.rows).step_by(n) {
-            let rows = first..x.rows.min(first + n);
-            let input = self.input(s, Area::Input, x.part(rows.clone()), &[f.gate, f.up])?;
-            let hidden = self.hidden(s, &f, input, None, None)?;
-            let (w, out) = (Matrix::of(f.down)?, out.part(rows));
-            self.kernels.products(&[Product { w, bias: 0, out, add: write == Write::Add }], hidden)?;
+        for (run, tiled) in self.runs(prompts, x.rows, &[f.gate, f.up, f.down]) {
+            let n = self.ffn_rows(s, &f, 1, run.len(), tiled)?.max(1);
+            for first in run.clone().step_by(n) {
+                let rows = first..run.end.min(first + n);
+                let input = self.input(s, Area::Input, x.part(rows.clone()), &[f.gate, f.up], tiled)?;
+                let hidden = self.hidden(s, &f, input, None, None, tiled)?;
+                let (w, out) = (Matrix::of(f.down)?, out.part(rows));
+                self.kernels.products(&[Product { w, bias: 0, out, add: write == Write::Add }], hidden)?;
+            }
         }
         Ok(())
     }
@@ -426,7 +467,7 @@ impl Backend for CudaBackend {
             if w.dtype == DType::F32 && w.cols.is_multiple_of(4) {
                 self.kernels.router_logits(w, x, logits.at)?;
             } else {
-                let input = self.input(s, Area::Input, x, &[r.weight])?;
+                let input = self.input(s, Area::Input, x, &[r.weight], false)?;
                 self.kernels.products(&[Product::set(w, logits)], input)?;
             }
             let skip = 4 * (first * r.used) as u64;
@@ -445,7 +486,7 @@ impl Backend for CudaBackend {
 
     fn moe(
         &self,
-        _: &[u32],
+        prompts: &[u32],
         experts: Ffn<'_>,
         routes: &Routes,
         shared: Option<Ffn<'_>>,
@@ -467,38 +508,45 @@ impl Backend for CudaBackend {
                 s.routed += 1;
             }
         }
-        let mut n = self.ffn_rows(s, &experts, used, x.rows)?;
-        n = n.min(s.rows(Area::Experts, 4 * used * out.cols, x.rows)?);
-        n = n.min(s.rows(Area::JobOrder, 4 * used, x.rows)?);
-        let mut inner = vec![experts.gate, experts.up];
-        if let Some(f) = &shared {
-            n = n.min(self.ffn_rows(s, f, 1, x.rows)?).min(s.rows(Area::Shared, 4 * out.cols, x.rows)?);
-            inner.extend([f.gate, f.up]);
-        }
-        for first in (0..x.rows).step_by(n.max(1)) {
-            let rows = first..x.rows.min(first + n);
-            let input = self.input(s, Area::Input, x.part(rows.clone()), &inner)?;
-            let mut beside = 0;
+        let inner: Vec<&Weight> =
+            [Some(&experts), shared.as_ref()].into_iter().flatten().flat_map(|f| [f.gate, f.up]).collect();
+        let downs = [Some(&experts), shared.as_ref()].into_iter().flatten().map(|f| f.down);
+        let weights: Vec<&Weight> = inner.iter().copied().chain(downs).collect();
+        for (run, tiled) in self.runs(prompts, x.rows, &weights) {
+            let mut n = self.ffn_rows(s, &experts, used, run.len(), tiled)?;
+            n = n.min(s.rows(Area::Experts, 4 * used * out.cols, run.len())?);
+            n = n.min(s.rows(Area::JobOrder, 4 * used, run.len())?);
+            n = n.min(s.rows(Area::Input, inputs_bytes(&inner, x.cols, tiled), run.len())?);
             if let Some(f) = &shared {
-                let hidden = self.hidden(s, f, input, None, None)?;
-                beside = s.at(Area::Shared);
-                let to = Floats::dense(beside, rows.len(), out.cols);
-                self.kernels.products(&[Product::set(Matrix::of(f.down)?, to)], hidden)?;
+                n = n.min(self.ffn_rows(s, f, 1, run.len(), tiled)?);
+                n = n.min(s.rows(Area::Shared, 4 * out.cols, run.len())?);
             }
-            let skip = 4 * (first * used) as u64;
-            let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
-            let sorted = self.sorted(s, ids, rows.len(), used, experts.gate.count())?;
-            let hidden = self.hidden(s, &experts, input, Some((ids, used)), sorted)?;
-            let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);
-            let down = Matrix::of(experts.down)?;
-            match sorted {
-                Some(j) => {
-                    self.kernels.matmul(down, hidden, Some(Sorted { share: 1, ..j }), None, 0, each, false)?
+            for first in run.clone().step_by(n.max(1)) {
+                let rows = first..run.end.min(first + n);
+                let input = self.input(s, Area::Input, x.part(rows.clone()), &inner, tiled)?;
+                let mut beside = 0;
+                if let Some(f) = &shared {
+                    let hidden = self.hidden(s, f, input, None, None, tiled)?;
+                    beside = s.at(Area::Shared);
+                    let to = Floats::dense(beside, rows.len(), out.cols);
+                    self.kernels.products(&[Product::set(Matrix::of(f.down)?, to)], hidden)?;
                 }
-                None => self.kernels.experts(down, hidden, (ids, 1), None, each)?,
+                let skip = 4 * (first * used) as u64;
+                let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
+                let sorted = self.sorted(s, ids, rows.len(), used, experts.gate.count(), tiled)?;
+                let hidden = self.hidden(s, &experts, input, Some((ids, used)), sorted, tiled)?;
+                let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);
+                let down = Matrix::of(experts.down)?;
+                match sorted {
+                    Some(j) => {
+                        let jobs = Some(Sorted { share: 1, ..j });
+                        self.kernels.matmul(down, hidden, jobs, None, 0, each, false)?
+                    }
+                    None => self.kernels.experts(down, hidden, (ids, 1), None, each)?,
+                }
+                let add = write == Write::Add;
+                self.kernels.mix_experts(each, weights, used, beside, out.part(rows), add)?;
             }
-            let add = write == Write::Add;
-            self.kernels.mix_experts(each, weights, used, beside, out.part(rows), add)?;
         }
         Ok(())
     }
@@ -568,7 +616,7 @@ impl Backend for CudaBackend {
     fn kv_save(&self, cache: &KvBuf, slots: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
         let (c, host_row) = (cache_of(cache)?, cache.row_bytes());
         let row = c.row_bytes();
-        for (slot, at, n) in Self::runs(slots) {
+        for (slot, at, n) in Self::neighbours(slots) {
             let mut packed = vec![0; n * row];
             self.gpu.gpu.read(c.at + slot * row as u64, &mut packed)?;
             let to = out[at * host_row..(at + n) * host_row].chunks_exact_mut(host_row);
@@ -582,7 +630,7 @@ impl Backend for CudaBackend {
     fn kv_load(&self, cache: &mut KvBuf, slots: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
         let (c, host_row) = (cache_of(cache)?, cache.row_bytes());
         let row = c.row_bytes();
-        for (slot, at, n) in Self::runs(slots) {
+        for (slot, at, n) in Self::neighbours(slots) {
             let mut packed = vec![0; n * row];
             let from = bytes[at * host_row..(at + n) * host_row].chunks_exact(host_row);
             for (src, dst) in from.zip(packed.chunks_exact_mut(row)) {

@@ -41,6 +41,8 @@ MODULES = (
     + [(f"{s}_{f.lower()}", f"{s}.cu", f, 75) for s in ["attention", "prompt", "mass", "store"] for f in CACHES]
     + [(f"{s}_{a.lower()}_{b.lower()}", f"{s}.cu", f"{a},SECOND={b}", 75) for s in ["attention", "prompt", "mass"] for a, b in PAIRS]
     + [(name, f"{name}.cu", None, 75) for name in ["cache", "round", "router", "rows"]]
+    + [("prompt_half_f16_sm80", "prompt_half.cu", "F16", 80)]
+    + [(f"matmul_split_{f.lower()}_sm80", "matmul_split.cu", f, 80) for f in FLOATS if f != "F32"]
 )
 
 

@@ -40,6 +40,8 @@ mod attribute {
     use super::c_int;
     pub const MAJOR: c_int = 75;
     pub const MINOR: c_int = 76;
+    /// Shared memory that a block may have where its kernel is allowed it.
+    pub const SHARED: c_int = 97;
     /// Kernels may run for a limited time only: the GPU serves a display.
     pub const TIMEOUT: c_int = 17;
 }
@@ -92,6 +94,8 @@ api! {
         load = "cuModuleLoadDataEx" (*mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
         unload = "cuModuleUnload" (Handle);
         function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
+        function_get = "cuFuncGetAttribute" (*mut c_int, c_int, Handle);
+        function_set = "cuFuncSetAttribute" (Handle, c_int, c_int);
         launch = "cuLaunchKernel" (
             Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
         );
@@ -202,6 +206,7 @@ impl Api {
                 self.attribute(attribute::MAJOR, device)?,
                 self.attribute(attribute::MINOR, device)?,
             ),
+            shared: self.attribute(attribute::SHARED, device)?,
             display: self.attribute(attribute::TIMEOUT, device)? != 0,
         })
     }
@@ -421,6 +426,13 @@ impl Gpu for Driver {
         self.call("cuModuleGetFunction", |api| unsafe {
             (api.function)(&mut function, handle, name.as_ptr())
         })?;
+        // All of shared memory that it does not declare itself: 1 is how much that is, 8 what may come at a launch.
+        let mut declared = 0;
+        // SAFETY: a function of a loaded module; writes one number.
+        self.call("cuFuncGetAttribute", |api| unsafe { (api.function_get)(&mut declared, 1, function) })?;
+        let rest = self.info.shared.saturating_sub(u32::try_from(declared).unwrap_or(0)) as c_int;
+        // SAFETY: as above; no pointers.
+        self.call("cuFuncSetAttribute", |api| unsafe { (api.function_set)(function, 8, rest) })?;
         let mut state = self.state();
         state.kernels.push(function);
         Ok(KernelId(state.kernels.len() - 1))

@@ -112,7 +112,7 @@ pub struct Launch {
     pub grid: [u32; 3],
     /// Threads of a block (one dimension).
     pub threads: u32,
-    /// Dynamic shared memory of a block.
+    /// Dynamic shared memory of a block; with what the kernel declares at most [`GpuInfo::shared`].
     pub shared: u32,
 }
 
@@ -151,6 +151,8 @@ pub struct GpuInfo {
     pub name: String,
     /// Compute capability.
     pub capability: (u32, u32),
+    /// Bytes of shared memory that a block may have.
+    pub shared: u32,
     /// It drives a display.
     pub display: bool,
 }

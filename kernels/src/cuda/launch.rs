@@ -1,7 +1,7 @@
 //! The kernels as typed calls: one function for each entry point of `src/*.cu`, the only place that launches one. Shapes were checked
 //! by `Device`; what is checked here is what the kernels themselves ask for. Knows addresses and strides; nothing of what is computed.
 
-use super::gpu::{Arg, Counted, GpuError, KernelId, Launch};
+use super::gpu::{Arg, Counted, GpuError, GpuInfo, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
 use super::operands::{
@@ -17,8 +17,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub const COLUMNS: usize = 8;
 /// Blocks along y and z of a grid.
 const MAX_YZ: usize = 65_535;
-/// Dynamic shared memory that every GPU gives without being asked specially.
-const MAX_SHARED: usize = 48 << 10;
 /// Value dimensions of a head at most: attention.cu, DIMS x THREADS.
 const MAX_VALUE: usize = 512;
 /// Query heads of a block of attention.
@@ -26,17 +24,17 @@ const HEADS: usize = 8;
 /// Cache entries that a block of attention takes at a time.
 const TILE: usize = 16;
 
-fn n(x: usize) -> Result<Arg, KernelError> {
+pub(super) fn n(x: usize) -> Result<Arg, KernelError> {
     u32::try_from(x)
         .map(Arg::U32)
         .map_err(|_| KernelError::Shape(format!("{x} is more than a GPU's kernels count to")))
 }
 
-fn p(x: u64) -> Arg {
+pub(super) fn p(x: u64) -> Arg {
     Arg::U64(x)
 }
 
-fn flag(x: bool) -> Arg {
+pub(super) fn flag(x: bool) -> Arg {
     Arg::U32(u32::from(x))
 }
 
@@ -99,10 +97,25 @@ impl Absorbed {
 /// Columns of a tile of products on tensor cores.
 pub const TILE_COLUMNS: usize = 32;
 
+/// Columns of a block of `matmul_64`.
+fn wide_columns(dtype: DType) -> usize {
+    match dtype {
+        DType::Q2_K => 32,
+        DType::Q3_K | DType::Q6_K => 48,
+        _ => 64,
+    }
+}
+/// Its shared memory, for any format.
+const WIDE_SHARED: usize = 84 << 10;
+/// Blocks that fill a GPU well enough for the largest tiles.
+pub const MANY_BLOCKS: usize = 64;
+
 /// Launches kernels, loading their modules when they are first asked for.
 pub struct Launcher {
     gpu: Arc<Counted>,
-    capability: (u32, u32),
+    pub(super) capability: (u32, u32),
+    /// Bytes of shared memory that a block may have.
+    shared: usize,
     loaded: Mutex<Loaded>,
 }
 
@@ -114,7 +127,8 @@ struct Loaded {
 
 impl Launcher {
     pub fn new(gpu: Arc<Counted>) -> Self {
-        Self { capability: gpu.gpu.info().capability, gpu, loaded: Mutex::default() }
+        let GpuInfo { capability, shared, .. } = gpu.gpu.info();
+        Self { capability, shared: shared as usize, gpu, loaded: Mutex::default() }
     }
 
     fn loaded(&self) -> MutexGuard<'_, Loaded> {
@@ -144,7 +158,7 @@ impl Launcher {
     }
 
     /// Runs `entry` in blocks of `threads` with `shared` floats of shared memory. An empty grid does nothing.
-    fn run(
+    pub(super) fn run(
         &self,
         module: &'static Ptx,
         entry: &'static str,
@@ -159,8 +173,8 @@ impl Launcher {
         if grid[0] > i32::MAX as usize || grid[1] > MAX_YZ || grid[2] > MAX_YZ {
             return refuse(format!("{entry} of {}: a grid of {grid:?}", module.name));
         }
-        if 4 * shared > MAX_SHARED {
-            let room = MAX_SHARED / 4;
+        if 4 * shared > self.shared {
+            let room = self.shared / 4;
             return refuse(format!("{entry} of {} needs {shared} shared values of {room}", module.name));
         }
         let kernel = self.kernel(module, entry)?;
@@ -292,11 +306,14 @@ impl Launcher {
 
     /// Products that share an input, on tensor cores where there are many columns.
     pub fn products(&self, products: &[Product], x: Input) -> Result<(), KernelError> {
+        let many = |p: &Product| self.matmul(p.w, x, None, None, p.bias, p.out, p.add);
         match x.float.rows {
             0 => Ok(()),
             1..=COLUMNS => {
+                let (split, mut left): (Vec<Product>, Vec<Product>) =
+                    products.iter().partition(|p| x.split(p.w.dtype).is_some());
+                split.iter().try_for_each(many)?;
                 // Up to three of one format in a launch.
-                let mut left = products.to_vec();
                 while let Some(first) = left.first() {
                     let dtype = first.w.dtype;
                     let (mut some, others): (Vec<_>, Vec<_>) = left.iter().partition(|p| p.w.dtype == dtype);
@@ -306,7 +323,7 @@ impl Launcher {
                 }
                 Ok(())
             }
-            _ => products.iter().try_for_each(|p| self.matmul(p.w, x, None, None, p.bias, p.out, p.add)),
+            _ => products.iter().try_for_each(many),
         }
     }
 
@@ -320,7 +337,7 @@ impl Launcher {
     ) -> Result<(), KernelError> {
         match out.rows {
             0 => Ok(()),
-            1..=COLUMNS => self.few_gated(w, up, x, None, out),
+            1..=COLUMNS if x.split(w.dtype).is_none() => self.few_gated(w, up, x, None, out),
             _ => self.matmul(w, x, None, Some(up), 0, out, false),
         }
     }
@@ -396,16 +413,16 @@ impl Launcher {
         ])
     }
 
-    /// The text of a product with many columns for this GPU.
-    pub fn many(&self, dtype: DType) -> Result<&'static Ptx, KernelError> {
+    /// The text of a kind of products with many columns for this GPU.
+    pub(super) fn many(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
         let (major, minor) = self.capability;
-        let name = format!("matmul_{}", dtype.name().to_ascii_lowercase());
+        let name = format!("{kind}_{}", dtype.name().to_ascii_lowercase());
         let text = modules::text_for(&name, 10 * major + minor);
         text.map_or_else(|| refuse(format!("no module {name}")), Ok)
     }
 
     /// Many columns: all of x for one matrix, or `jobs` by expert, row j of out being job j. With `up`, `act(W x) * (up x)`. A column's
-    /// bits are those of the kernels for few.
+    /// bits are those of the kernels for few, but for rows in parts.
     pub fn matmul(
         &self,
         w: Matrix,
@@ -416,14 +433,22 @@ impl Launcher {
         out: Floats,
         add: bool,
     ) -> Result<(), KernelError> {
+        if let Some(split) = x.split(w.dtype) {
+            return self.matmul_split(w, split, jobs, up, bias, out, add);
+        }
         let (at, stride) = self.input(&w, &x)?;
         // What a block makes. Where weights are the load, smaller ones, of which there are more.
-        let (entry, features, columns, threads) = match layout::rounds(w.dtype) {
-            true if jobs.is_none() && out.rows <= TILE_COLUMNS => ("matmul_16", 16, 16, 256),
-            true => ("matmul", 64, TILE_COLUMNS, 512),
-            false => ("matmul", 32, TILE_COLUMNS, 256),
+        let halves = if up.is_some() { 2 } else { 1 };
+        let wide = wide_columns(w.dtype);
+        let large = jobs.is_none() && self.capability >= (8, 0);
+        let large = large && out.rows.div_ceil(wide) * w.rows.div_ceil(64 / halves) >= MANY_BLOCKS;
+        let (entry, features, columns, threads, shared) = match layout::rounds(w.dtype) {
+            true if jobs.is_none() && out.rows <= TILE_COLUMNS => ("matmul_16", 16, 16, 256, 0),
+            true if large => ("matmul_64", 64, wide, 256, WIDE_SHARED),
+            true => ("matmul", 64, TILE_COLUMNS, 512, 0),
+            false => ("matmul", 32, TILE_COLUMNS, 256, 0),
         };
-        let made = if up.is_some() { features / 2 } else { features };
+        let made = features / halves;
         let none = Sorted { order: 0, tiles: 0, count: out.rows.div_ceil(columns), share: 1 };
         let jobs = jobs.unwrap_or(none);
         let args = [
@@ -446,7 +471,7 @@ impl Launcher {
             flag(add),
         ];
         let grid = [jobs.count, w.rows.div_ceil(made), 1];
-        self.run(self.many(w.dtype)?, entry, grid, threads, 0, &args)
+        self.run(self.many("matmul", w.dtype)?, entry, grid, threads, shared / 4, &args)
     }
 
     /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / 32 + experts`.
@@ -469,10 +494,11 @@ impl Launcher {
 
     /// Attention of a prompt's rows; out `[rows, heads * value]`.
     pub fn prompt(&self, a: &Gqa, t: Tiles, out: Floats) -> Result<(), KernelError> {
-        let m = self.pair("prompt", a.k, a.v)?;
-        let entry = match a.value {
-            0..=128 => "prompt_2",
-            129..=256 => "prompt_4",
+        let (m, entry, shared) = match (self.prompt_half(a), a.value) {
+            // Three stages of 32 rows of keys and values, padded.
+            (Some((m, entry, dims)), _) => (m, entry, 3 * 32 * 2 * (2 * dims + 16) / 4),
+            (None, 0..=128) => (self.pair("prompt", a.k, a.v)?, "prompt_2", 0),
+            (None, 129..=256) => (self.pair("prompt", a.k, a.v)?, "prompt_4", 0),
             _ => return refuse(format!("prompts with heads of {} values; 256 are possible", a.value)),
         };
         let group = a.group();
@@ -485,7 +511,7 @@ impl Launcher {
             &[p(t.tiles), p(t.segments), p(t.ranges), p(out.at), n(out.stride)?],
         ]
         .concat();
-        self.run(m, entry, [t.count, a.kv_heads * group.div_ceil(t.heads), 1], 256, 0, &args)
+        self.run(m, entry, [t.count, a.kv_heads * group.div_ceil(t.heads), 1], 256, shared, &args)
     }
 
     /// The same of absorbed MLA; out `[rows, heads, latent]`.

@@ -16,6 +16,7 @@ mod operands;
 pub mod plan;
 mod queue;
 mod scratch;
+mod split;
 
 pub use backend::{CudaBackend, kv_bytes, scratch_bytes, weight_bytes};
 pub use driver::{devices, open};

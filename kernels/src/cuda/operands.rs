@@ -59,18 +59,72 @@ pub struct Rounded {
     pub stride: usize,
 }
 
+/// Rows of prompts in parts of one type (`matmul_split.cu`): `stride` bytes each, and what undoes their scales (0: none).
+#[derive(Clone, Copy, Debug)]
+pub struct Split {
+    pub at: u64,
+    pub stride: usize,
+    pub scales: u64,
+}
+
+/// Bytes of a row of `cols` activations in parts, for weights of `dtype`; 0 where these take no parts.
+pub fn split_bytes(dtype: DType, cols: usize) -> usize {
+    match dtype {
+        DType::F16 => 128 * cols.div_ceil(32),
+        DType::BF16 => 192 * cols.div_ceil(32),
+        _ => 0,
+    }
+}
+
+/// Bytes of a row of `cols` activations as weights of `dtype` read it, beside the floats; `tiled`: rows of prompts, in parts.
+pub fn input_bytes(dtype: DType, cols: usize, tiled: bool) -> usize {
+    match dtype {
+        DType::F16 if tiled => split_bytes(dtype, cols) + 4,
+        DType::BF16 if tiled => split_bytes(dtype, cols),
+        d if layout::rounds(d) => cols.div_ceil(256) * BLOCK_BYTES,
+        _ => 0,
+    }
+}
+
+/// The same for several weights: rounded rows, and parts of either type.
+pub fn inputs_bytes(weights: &[&Weight], cols: usize, tiled: bool) -> usize {
+    let most = |f: fn(DType) -> bool| {
+        let of = |w: &&Weight| if f(w.dtype()) { input_bytes(w.dtype(), cols, tiled) } else { 0 };
+        weights.iter().map(of).max().unwrap_or(0)
+    };
+    most(layout::rounds) + most(|d| d == DType::F16) + most(|d| d == DType::BF16)
+}
+
 /// What a product reads.
 #[derive(Clone, Copy, Debug)]
 pub struct Input {
     pub float: Floats,
     /// Needed where a weight's format asks for it.
     pub rounded: Option<Rounded>,
+    /// Rows of prompts, for weights of F16 and of BF16.
+    pub split: [Option<Split>; 2],
 }
 
 impl Input {
+    /// The rows in parts, where weights of `dtype` are to read them.
+    pub fn split(&self, dtype: DType) -> Option<Split> {
+        match dtype {
+            DType::F16 => self.split[0],
+            DType::BF16 => self.split[1],
+            _ => None,
+        }
+    }
+
     pub fn part(self, rows: Range<usize>) -> Self {
         let skip = |r: Rounded| Rounded { at: r.at + (rows.start * r.stride * BLOCK_BYTES) as u64, ..r };
-        Self { rounded: self.rounded.map(skip), float: self.float.part(rows) }
+        let split = self.split.map(|s| {
+            s.map(|s| Split {
+                at: s.at + (rows.start * s.stride) as u64,
+                scales: if s.scales == 0 { 0 } else { s.scales + 4 * rows.start as u64 },
+                ..s
+            })
+        });
+        Self { rounded: self.rounded.map(skip), split, float: self.float.part(rows) }
     }
 }
 

@@ -5,8 +5,10 @@ use crate::Visible;
 use crate::cpu::attention::rows;
 use std::ops::Range;
 
-/// Lanes of a tile: query heads of one key head times rows.
-const LANES: usize = 64;
+/// Lanes of a tile: query heads of one key head times rows. On tensor cores more.
+pub const LANES: usize = 64;
+/// See [`LANES`].
+pub const HALF_LANES: usize = 128;
 
 /// The tiles of a call.
 #[derive(Default)]
@@ -20,18 +22,18 @@ pub struct Plan {
     pub ranges: Vec<[u32; 2]>,
 }
 
-/// Heads of a group that a tile takes at once.
-pub fn heads(group: usize) -> usize {
-    group.min(LANES)
+/// Heads of a group that a tile of `lanes` takes at once.
+pub fn heads(group: usize, lanes: usize) -> usize {
+    group.min(lanes)
 }
 
 impl Plan {
-    /// Plans rows `rows` for groups of `group` query heads to a key head; keeps its memory.
-    pub fn set(&mut self, visible: &Visible, rows: Range<usize>, group: usize) {
+    /// Plans rows `rows` for groups of `group` query heads to a key head, in tiles of `lanes`; keeps its memory.
+    pub fn set(&mut self, visible: &Visible, rows: Range<usize>, group: usize, lanes: usize) {
         self.plan.clear();
         let mut at = rows.start;
         while at < rows.end {
-            at = self.plan.push(visible, at, rows.end, LANES / heads(group));
+            at = self.plan.push(visible, at, rows.end, lanes / heads(group, lanes));
         }
         let word = |x: usize| u32::try_from(x).expect("lists of spans are counted in 32 bits");
         self.tiles.clear();

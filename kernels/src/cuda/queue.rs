@@ -314,7 +314,7 @@ mod tests {
 
     impl Gpu for Paper {
         fn info(&self) -> GpuInfo {
-            GpuInfo { name: "paper".into(), capability: (7, 5), display: false }
+            GpuInfo { name: "paper".into(), capability: (7, 5), shared: 64 << 10, display: false }
         }
         fn memory(&self) -> Result<(u64, u64), GpuError> {
             Ok((0, 0))

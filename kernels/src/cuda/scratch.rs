@@ -3,16 +3,17 @@
 
 use super::gpu::{Counted, Memory};
 use super::launch::TILE_COLUMNS;
-use super::operands::{BLOCK_BYTES, SPLIT};
-use crate::{KernelError, Limits};
+use super::operands::{BLOCK_BYTES, SPLIT, input_bytes};
+use crate::{Hidden, KernelError, Limits};
+use quant::DType;
 use std::sync::Arc;
 
 /// What an area is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Area {
-    /// Rounded inputs of products.
+    /// Inputs of products, rounded or in parts.
     Input,
-    /// Rounded hidden activations, and MLA's rounded heads.
+    /// Hidden activations likewise, and MLA's rounded heads.
     Hidden,
     /// The gate's side of hidden activations.
     Gate,
@@ -97,14 +98,24 @@ impl Sizes {
         let dense = l.hidden.rounded.max(l.hidden.float);
         let routed = l.used * l.routed.rounded.max(l.routed.float);
         let hidden = 4 * dense.max(routed);
-        let rounded = blocks(l.hidden.rounded).max(l.used * blocks(l.routed.rounded));
+        let split = |f16: usize, bf16: usize| {
+            (input_bytes(DType::F16, f16, f16 > 0), input_bytes(DType::BF16, bf16, true))
+        };
+        let read = |h: Hidden| {
+            let (f16, bf16) = split(h.f16, h.bf16);
+            blocks(h.rounded).max(f16).max(bf16)
+        };
+        let hidden_input = read(l.hidden).max(l.used * read(l.routed));
         let (mla, heads) = (l.latent > 0, l.heads);
         let head_blocks = if mla { heads * blocks(l.latent) } else { 0 };
         let latents = if mla { rows(4 * l.max_heads_out) } else { 0 };
         let moe = l.used > 0;
         let size = |a: Area| match a {
-            Area::Input => rows(blocks(l.max_in)),
-            Area::Hidden => rows(rounded).max(rows(head_blocks)),
+            Area::Input => {
+                let (f16, bf16) = split(l.f16_in, l.bf16_in);
+                rows(blocks(l.max_in) + f16 + bf16)
+            }
+            Area::Hidden => rows(hidden_input).max(rows(head_blocks)),
             Area::Gate | Area::Up => rows(hidden),
             Area::Experts => rows(4 * l.used * l.width),
             Area::Shared if moe => rows(4 * l.width),

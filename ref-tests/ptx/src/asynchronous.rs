@@ -24,7 +24,7 @@ impl Copies {
         self.committed = [0; 32];
     }
 
-    /// Starts one: `read` bytes from global memory, zeros up to `bytes`.
+    /// Starts one: `read` bytes from global memory, zeros up to `bytes`. Of none the address may be any.
     pub fn start(
         &mut self,
         (lane, who): (u32, Who),
@@ -33,7 +33,8 @@ impl Copies {
         global: &Global,
         shared: &mut Shared,
     ) -> Result<(), Fault> {
-        let mut data = global.read(from, read.min(bytes), false)?.to_vec();
+        let mut data =
+            if read == 0 { Vec::new() } else { global.read(from, read.min(bytes), false)?.to_vec() };
         data.resize(bytes, 0);
         shared.reserve(to, bytes, who)?;
         self.copies.push(Copy { lane, group: self.committed[lane as usize], to, bytes: data });

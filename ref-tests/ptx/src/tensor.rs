@@ -15,6 +15,25 @@ fn place(lane: usize, r: usize, i: usize, n: usize, a: bool) -> (usize, usize) {
     (row, n * inside + i + 4 * n * half)
 }
 
+/// The power of two below which x has no bits as a float of 24 bits; of f32's subnormals where it is small.
+fn unit(x: f64) -> f64 {
+    let exponent = (x.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    f64::from(exponent.max(-126) - 23).exp2()
+}
+
+/// The sum as the coarsest tensor cores take it (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; later ones keep a few more
+/// bits): everything is cut, not rounded, at the last of the 24 bits of the largest, and so is the sum.
+fn add(terms: impl Iterator<Item = f64> + Clone) -> f32 {
+    let sum = terms.clone().sum::<f64>();
+    if !sum.is_finite() {
+        return sum as f32;
+    }
+    let cut = |x: f64, unit: f64| (x / unit).trunc() * unit;
+    let unit_of_all = unit(terms.clone().fold(0.0, |m, x| m.max(x.abs())));
+    let sum: f64 = terms.map(|x| cut(x, unit_of_all)).sum();
+    cut(sum, unit(sum)) as f32
+}
+
 /// `d = a b + c`: a is 16 (or 8) x k, b k x 8, the registers' order that of [`Mma::registers`].
 pub fn multiply(kind: Mma, a: &[Lanes], b: &[Lanes], c: &[Lanes]) -> Vec<Lanes> {
     let whole = !matches!(kind, Mma::F16 | Mma::Bf16);
@@ -41,12 +60,12 @@ pub fn multiply(kind: Mma, a: &[Lanes], b: &[Lanes], c: &[Lanes]) -> Vec<Lanes> 
     let depth = 4 * n * b.len();
     let at = |r: usize, lane: usize| {
         let (row, col) = (lane / 4 + 8 * (r / 2), 2 * (lane % 4) + r % 2);
-        let dot: f64 = (0..depth).map(|k| left[row][k] * right[col][k]).sum();
+        let products = (0..depth).map(|k| left[row][k] * right[col][k]);
         let c = c[r][lane];
         if whole {
-            u64::from((c as u32).wrapping_add(dot as i32 as u32))
+            u64::from((c as u32).wrapping_add(products.sum::<f64>() as i32 as u32))
         } else {
-            crate::alu::out((dot + f64::from(f32::from_bits(c as u32))) as f32)
+            crate::alu::out(add(products.chain([f64::from(f32::from_bits(c as u32))])))
         }
     };
     (0..c.len()).map(|r| std::array::from_fn(|lane| at(r, lane))).collect()
@@ -62,4 +81,23 @@ pub fn spread(rows: &[[u8; 16]; 8], transpose: bool) -> Lanes {
         };
         element(0) | element(1) << 16
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::add;
+
+    #[test]
+    fn sums_are_cut() {
+        let sum = |x: &[f64]| add(x.iter().copied());
+        // Beside 2^24 the unit is 2: each of these is lost, though they are 4.5 together.
+        assert_eq!(sum(&[1.0, 1.0, 16_777_216.0, 1.0, 1.5]), 16_777_216.0);
+        // Beside 2^24 - 1 it is 1; the sum, beyond 2^24, has a unit of 2.
+        assert_eq!(sum(&[16_777_215.0, 1.0, 1.0, 1.5, 1.0]), 16_777_218.0);
+        assert_eq!(sum(&[1.0, -16_777_215.0, 1.75, 1.0, -1.5]), -16_777_213.0);
+        assert_eq!(sum(&[-3.0, 3.0]), 0.0);
+        assert_eq!(sum(&[f64::from(f32::MAX), f64::from(f32::MAX)]), f32::INFINITY);
+        assert_eq!(sum(&[1e-45, 2e-45]), f32::from_bits(1));
+        assert!(sum(&[f64::NAN, 1.0]).is_nan() && sum(&[f64::INFINITY, 1.0]) == f32::INFINITY);
+    }
 }

@@ -6,6 +6,7 @@ mod faults;
 mod graphs;
 mod models;
 mod ops;
+mod parts;
 mod split;
 
 use kernels::Device;

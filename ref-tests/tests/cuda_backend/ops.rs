@@ -25,24 +25,31 @@ fn fill(rng: &mut Rng, n: usize) -> Vec<f32> {
 }
 
 /// A buffer `[rows, cols]` that holds `x`.
-fn buf(dev: &Device, x: &[f32], cols: usize) -> Buf {
+pub(crate) fn buf(dev: &Device, x: &[f32], cols: usize) -> Buf {
     let mut b = dev.alloc(x.len() / cols, cols).unwrap();
     dev.write(b.view_mut(x.len() / cols), x).unwrap();
     b
 }
 
-fn all(dev: &Device, b: &Buf) -> Vec<f32> {
+pub(crate) fn all(dev: &Device, b: &Buf) -> Vec<f32> {
     let mut out = vec![0.0; b.rows() * b.cols()];
     dev.read(b.view(b.rows()), &mut out).unwrap();
     out
 }
 
-fn weight(dev: &Device, dtype: DType, count: usize, rows: usize, cols: usize, seed: u64) -> Weight {
+pub(crate) fn weight(
+    dev: &Device,
+    dtype: DType,
+    count: usize,
+    rows: usize,
+    cols: usize,
+    seed: u64,
+) -> Weight {
     let bytes = weights(dtype, count * rows, cols, Fill::Even, &mut Rng(seed));
     dev.upload(Weight::host(dtype, count, rows, cols, HostBytes::from_vec(bytes)).unwrap()).unwrap()
 }
 
-fn vector(dev: &Device, n: usize, seed: u64) -> Vector {
+pub(crate) fn vector(dev: &Device, n: usize, seed: u64) -> Vector {
     dev.upload_vector(Vector::new(fill(&mut Rng(seed), n))).unwrap()
 }
 

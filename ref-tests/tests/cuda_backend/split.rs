@@ -169,6 +169,8 @@ fn memory_is_what_was_planned() {
             DType::F16,
             vec![one(), rules(99, None), rules(1, None), rules(2, None), over(&[(1, CPU)], CPU)],
         ),
+        ("mistral", "full", DType::F16, vec![one()]),
+        ("deepseek2-v2-lite", "full", DType::F16, vec![rules(99, Some(1))]),
         (
             "quantised/q-gemma3-qat",
             "sinks:2+window:20",

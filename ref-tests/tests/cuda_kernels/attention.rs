@@ -145,12 +145,35 @@ fn merge(
     g.read(out, rows * heads * value)
 }
 
-#[derive(Clone, Copy)]
-struct Shape {
-    heads: usize,
-    kv_heads: usize,
-    key: usize,
-    value: usize,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) key: usize,
+    pub(crate) value: usize,
+}
+
+/// Grouped heads of rows `[heads, key]` (a second time for sinks): `[rows, heads, value]`.
+pub(crate) fn exact(
+    v: &Visible,
+    Shape { heads, kv_heads, key, value }: Shape,
+    [q, q2]: [&[f32]; 2],
+    [keys, values]: [&Cache; 2],
+    scale: f32,
+) -> Vec<f64> {
+    let mut out = Vec::new();
+    for row in 0..v.rows() {
+        for h in 0..heads {
+            let kv = h / (heads / kv_heads);
+            let query = |sink: bool| &(if sink { q2 } else { q })[(row * heads + h) * key..][..key];
+            out.extend(attend(
+                &entries(v, row),
+                |slot, sink| f64::from(scale) * dot(query(sink), &keys.values[slot][kv * key..][..key]),
+                |slot| values.values[slot][kv * value..][..value].to_vec(),
+            ));
+        }
+    }
+    out
 }
 
 /// Random queries over a cache of `dtype`; returns what the device made of them, and what it should be.
@@ -187,18 +210,7 @@ fn grouped(dtype: DType, s: Shape, v: &Visible, slots: usize, seed: u64) -> (Vec
     ];
     g.run_shared("attend", [splits, kv_heads * group.div_ceil(8), rows], 128, 16 * (key + 1), &params);
     let got = merge(&mut g, parts, l, heads, rows, value);
-    let mut want = Vec::new();
-    for row in 0..rows {
-        for h in 0..heads {
-            let kv = h / group;
-            let query = |sink: bool| &(if sink { &q2 } else { &q })[(row * heads + h) * key..][..key];
-            want.extend(attend(
-                &entries(v, row),
-                |slot, sink| f64::from(scale) * dot(query(sink), &keys.values[slot][kv * key..][..key]),
-                |slot| values.values[slot][kv * value..][..value].to_vec(),
-            ));
-        }
-    }
+    let want = exact(v, s, [&q, &q2], [&keys, &values], scale);
     (got, want)
 }
 

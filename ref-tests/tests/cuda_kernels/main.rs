@@ -5,8 +5,10 @@ mod attention;
 mod matmul;
 mod matvec;
 mod prompt;
+mod prompt_half;
 mod router;
 mod rows;
+mod split;
 mod store;
 
 use kernels::cuda::modules::Ptx;

@@ -32,6 +32,16 @@ fn entries(dtype: DType) -> &'static [Entry] {
     }
 }
 
+/// The largest blocks, for one matrix, which newer texts have.
+fn wide(dtype: DType) -> Entry {
+    let columns = match dtype {
+        DType::Q2_K => 32,
+        DType::Q3_K | DType::Q6_K => 48,
+        _ => 64,
+    };
+    Entry("matmul_64", 64, columns, 256)
+}
+
 /// What `matmul` takes; zero pointers are absent.
 #[derive(Clone, Copy)]
 struct Job {
@@ -76,7 +86,8 @@ fn run(gpu: &mut Gpu, entry: Entry, j: &Job) {
         n(usize::from(j.add)),
     ];
     let tiles = if list == 0 { j.columns.div_ceil(columns) } else { tiles * 32 / columns };
-    gpu.run(name, [tiles, j.rows.div_ceil(made)], threads, &params);
+    let shared = if name == "matmul_64" { 84 << 10 } else { 0 };
+    gpu.run_shared(name, [tiles, j.rows.div_ceil(made), 1], threads, shared / 4, &params);
 }
 
 fn check(text: &Ptx, entry: Entry, c: &Case, seed: u64) {
@@ -110,7 +121,7 @@ fn check(text: &Ptx, entry: Entry, c: &Case, seed: u64) {
 /// Every text of every format, at boundary lengths of rows, with partial tiles of features and of columns.
 #[test]
 fn many_columns_have_the_scalar_kernels_bits() {
-    let shapes = [(1, 9), (64, 32), (70, 33), (31, 17), (33, 1), (65, 40)];
+    let shapes = [(1, 9), (64, 32), (70, 33), (31, 17), (33, 1), (65, 67)];
     for f in FORMATS {
         for text in texts(f.dtype) {
             let some: Vec<usize> = lengths(f.dtype).into_iter().filter(|l| *l <= 1024).collect();
@@ -118,9 +129,10 @@ fn many_columns_have_the_scalar_kernels_bits() {
                 let cols = some[(i * 5 + 3) % some.len()];
                 let fill = [Fill::Random, Fill::Extreme][i % 2];
                 let (bias, add) = (i % 2 == 0, i % 3 == 0);
-                for entry in entries(f.dtype) {
+                let newer = text.target() >= 80;
+                for entry in entries(f.dtype).iter().copied().chain(newer.then(|| wide(f.dtype))) {
                     let c = Case { dtype: f.dtype, rows, cols, columns, fill, bias, add };
-                    check(text, *entry, &c, i as u64);
+                    check(text, entry, &c, i as u64);
                 }
             }
         }
@@ -128,7 +140,7 @@ fn many_columns_have_the_scalar_kernels_bits() {
 }
 
 /// Jobs by expert: the order is a stable sort, tiles of 32 cover it, the rest of the list is empty.
-fn sorted(ids: &[u32], experts: usize) -> (Vec<u32>, Vec<u32>) {
+pub(crate) fn sorted(ids: &[u32], experts: usize) -> (Vec<u32>, Vec<u32>) {
     let mut gpu = Gpu::new(module("router").unwrap());
     let tiles = ids.len() / 32 + experts;
     let (dids, order, list) = (gpu.words(ids), gpu.room(ids.len()), gpu.room(3 * tiles));
@@ -206,6 +218,33 @@ fn experts_take_their_rows_in_one_launch() {
             let want = gated(&ids, [gate, up], dtype, (d, hidden, experts), &x, &q, used, act);
             assert_bits(&got, &want, || format!("{}, activation {act}", text.name));
         }
+    }
+}
+
+/// Gate and up together, on the largest blocks and on others.
+#[test]
+fn large_blocks_make_gates() {
+    let (d, hidden, columns) = (512, 45, 70);
+    for dtype in [DType::Q4_K, DType::Q6_K, DType::Q8_0, DType::Q2_K] {
+        let mut rng = Rng(3);
+        let [gate, up] = [0, 1].map(|_| weights(dtype, hidden, d, Fill::Random, &mut rng));
+        let x = rng.activations(columns * d);
+        let text = *texts(dtype).last().unwrap();
+        let mut gpu = Gpu::new(text);
+        let (_, dx, stride) = input(&mut gpu, dtype, d, &x);
+        let [w, up] = [&gate, &up].map(|m| gpu.bytes(&packed(dtype, d, m)));
+        let [want, got] = [entries(dtype)[0], wide(dtype)].map(|entry| {
+            let out = gpu.room(columns * hidden);
+            let (grouped, share, act, bias, add) = ((0, 0, 0), 1, 1, 0, false);
+            let x = (dx, stride);
+            run(
+                &mut gpu,
+                entry,
+                &Job { dtype, rows: hidden, cols: d, w, x, columns, grouped, share, up, act, bias, out, add },
+            );
+            gpu.read(out, columns * hidden)
+        });
+        assert_bits(&got, &want, || text.name.into());
     }
 }
 

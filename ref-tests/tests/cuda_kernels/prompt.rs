@@ -6,16 +6,16 @@ use kernels::cpu::CpuBackend;
 use kernels::cpu::isa::Isa;
 use kernels::cuda::layout::{pack_row, row_bytes};
 use kernels::cuda::modules::module;
-use kernels::cuda::plan::{Plan, heads as heads_of_a_tile};
+use kernels::cuda::plan::{LANES, Plan};
 use kernels::testing::{Rng, assert_bits};
 use kernels::{Attention, Device, KvBuf, View, ViewMut, Visible};
 use ptx::Param;
 use quant::DType;
 
 /// Tiles, segments, ranges on the device, and how many tiles.
-fn plan(g: &mut Gpu, visible: &Visible, group: usize) -> ([u64; 3], usize) {
+pub(crate) fn plan(g: &mut Gpu, visible: &Visible, group: usize, lanes: usize) -> ([u64; 3], usize) {
     let mut plan = Plan::default();
-    plan.set(visible, 0..visible.rows(), group);
+    plan.set(visible, 0..visible.rows(), group, lanes);
     let lists = [plan.tiles.concat(), plan.segments.concat(), plan.ranges.concat()];
     (lists.each_ref().map(|l| g.words(l)), plan.tiles.len())
 }
@@ -62,8 +62,8 @@ fn grouped(dtype: DType, s: Shape, v: &Visible, slots: usize, seed: u64) -> (Vec
     let (values, dv, v_row) = both(&mut g, &dev, dtype, slots, kv_heads * value, &mut rng);
     let (q, q2) = (fill(&mut rng, rows * heads * key), fill(&mut rng, rows * heads * key));
     let scale = 4.0 / (key as f32).sqrt();
-    let (lists, tiles) = plan(&mut g, v, group);
-    let per = heads_of_a_tile(group);
+    let (lists, tiles) = plan(&mut g, v, group, LANES);
+    let per = group.min(LANES);
     let out = g.room(rows * heads * value);
     let (dq, dq2) = (g.floats(&q), g.floats(&q2));
     let params = [
@@ -106,7 +106,7 @@ fn check(got: &[f32], want: &[f32], what: &str) {
 }
 
 /// Rows `first..` of a prompt that see `depth`, `depth + 1`, ... entries; with `ring`, four sinks and a ring of 40 slots.
-fn prompt(rows: usize, depth: usize, ring: bool) -> Visible {
+pub(crate) fn prompt(rows: usize, depth: usize, ring: bool) -> Visible {
     let mut v = Visible::default();
     v.set_prompt(rows);
     for i in 0..rows {
@@ -181,7 +181,7 @@ fn extreme_scores() {
     (0..rows).for_each(|i| v.push([span(0, 140 + 20 * i, false)]));
     let mut g = Gpu::new(module("prompt_f32").unwrap());
     let (dk, dv, dq, out) = (g.floats(&x), g.floats(&y), g.floats(&q), g.room(rows * width));
-    let (lists, tiles) = plan(&mut g, &v, 1);
+    let (lists, tiles) = plan(&mut g, &v, 1, LANES);
     let row = 4 * width as u64;
     let ends = [
         n(1),
@@ -225,8 +225,8 @@ fn absorbed_prompts_share_the_latent() {
             let absorbed = fill(&mut rng, rows * heads * latent);
             let (q, q2) = (fill(&mut rng, rows * width), fill(&mut rng, rows * width));
             let (da, dq, dq2) = (g.floats(&absorbed), g.floats(&q), g.floats(&q2));
-            let (lists, tiles) = plan(&mut g, &v, heads);
-            let per = heads_of_a_tile(heads);
+            let (lists, tiles) = plan(&mut g, &v, heads, LANES);
+            let per = heads.min(LANES);
             let scale = 2.0 / ((latent + rope) as f32).sqrt();
             let out = g.room(rows * heads * latent);
             let params = [

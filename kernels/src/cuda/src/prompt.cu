@@ -8,6 +8,7 @@
 // A thread makes 4 x 4 scores, then 4 lanes x 4 columns of sums for every 64 columns of the values: two loads of four floats from shared
 // memory for 16 multiply-adds in both.
 #include "cached.cuh"
+#include "softmax.cuh"
 
 #define THREADS 256
 #define LANES 64
@@ -15,30 +16,7 @@
 #define CHUNK 32  // dimensions of queries and keys at a time
 #define COLS 64   // columns of values at a time
 #define STRIDE 68 // of rows of 64 floats: eight dimensions of four lanes lie in different banks
-#define CUT 4194304.0f
-#define UNSEEN (-2.0f * CUT)
 #define LAZY 32.0f
-
-// Rows row .. row + rows of the call, and what they see: segments first .. first + count, and for each, from `ranges` on, every row's slots.
-struct Tile {
-    u32 row, rows, first, count, ranges;
-};
-struct Segment {
-    u32 start, end, sink;
-};
-
-// x = n + f, |f| <= 1/2: 2^f, and n (cpu/math.rs, exp2_parts).
-__device__ __forceinline__ float exp2_parts(float x, float& n) {
-    n = nearest(x);
-    const float f = x - n;
-    float p = 0.00015353359f;
-    p = fmaf(p, f, 0.0013398875f);
-    p = fmaf(p, f, 0.009618437f);
-    p = fmaf(p, f, 0.055503324f);
-    p = fmaf(p, f, 0.24022648f);
-    p = fmaf(p, f, 0.6931472f);
-    return fmaf(p, f, 1.0f);
-}
 
 // Queries in two parts, as keys are: dimension i of lane's head is a[i], past `a_len` b[i - a_len], the last part another for sinks.
 struct Queries {

@@ -161,6 +161,13 @@ impl Lower<'_> {
                 let Some(f) = convert::function(&mods, d, s) else { return unknown() };
                 self.arithmetic(f, args, &whole)
             }
+            // Two halves of a word, the first the lower.
+            "mov" if mods == ["b32"] && matches!(args, [_, Operand::Vector(v)] if v.len() == 2) => {
+                let v = self.list(&args[1], |o| self.src(o))?;
+                let f = Function::Two(|a, b| a & 0xffff | (b & 0xffff) << 16);
+                let src = [v[0], v[1], Src::Imm(0), Src::Imm(0)];
+                Ok(Op::Function { f, d: self.dst(&args[0])?, keep: u64::MAX, src })
+            }
             "mov" if matches!(args, [Operand::Vector(_), _] | [_, Operand::Vector(_)]) => {
                 self.fail("mov with vectors is not known here")
             }

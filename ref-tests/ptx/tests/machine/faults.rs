@@ -116,6 +116,10 @@ fn copies_under_way() {
         run(&format!("{copy}cp.async.wait_group 0;\nld.shared.u32 %r1, [%rd4];"), 1, &[1; 16]).unwrap(),
         [0x0101_0101]
     );
+    // Of no bytes the address may be any.
+    let none = "mov.u64 %rd4, buffer;\nmov.u64 %rd5, 0;\ncp.async.cg.shared.global [%rd4], [%rd5], 16, 0;\n\
+                cp.async.wait_all;\nld.shared.u32 %r1, [%rd4+12];";
+    assert_eq!(run(none, 1, &[1; 16]).unwrap(), [0]);
     // Another thread needs a barrier besides.
     let other = "mov.u64 %rd4, buffer;\nsetp.eq.u32 %p1, %r0, 0;\n@%p1 cp.async.ca.shared.global [%rd4], [%rd1], 16;\n\
                  cp.async.wait_all;\nld.shared.u32 %r1, [%rd4];";

@@ -53,6 +53,8 @@ fn integers() {
     assert_eq!(op("clz.b32", &[1]), 31);
     assert_eq!(op("brev.b32", &[1]), 0x8000_0000);
     assert_eq!(op("mov.b32", &[77]), 77);
+    let halves = "mov.u16 %h1, 0x1234;\nmov.u16 %h2, 0xabcd;\nmov.b32 %r1, {%h1, %h2};";
+    assert_eq!(one(halves), 0xabcd_1234);
 }
 
 #[test]

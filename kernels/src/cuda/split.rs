@@ -1,0 +1,102 @@
+//! Rows of prompts in parts on tensor cores: times weights of F16 and BF16, the launches of `src/matmul_split.cu`; and which attention takes
+//! them (`src/prompt_half.cu`). Knows shapes; nothing of requests.
+
+use super::launch::{Launcher, MANY_BLOCKS, TILE_COLUMNS, flag, n, p};
+use super::modules::{self, Ptx};
+use super::operands::{Floats, Gqa, Input, Matrix, Sorted, Split, split_bytes};
+use super::plan;
+use crate::{Activation, KernelError};
+use quant::DType;
+
+/// Columns of the largest tiles.
+pub const COLUMNS: usize = 128;
+/// Elements of a row that are added up at a time: longer sums would round too often.
+const LEN: usize = 4096;
+
+impl Launcher {
+    /// Whether rows of prompts go in parts to tensor cores, for weights of F16 and BF16.
+    pub fn splits(&self) -> bool {
+        self.capability >= (8, 0)
+    }
+
+    /// The rows in parts for weights of `dtype`, at `out`: room for `x.rows` times [`super::operands::input_bytes`].
+    pub fn split(&self, dtype: DType, x: Floats, out: u64) -> Result<Split, KernelError> {
+        let stride = split_bytes(dtype, x.cols);
+        let scales = if dtype == DType::F16 { out + (x.rows * stride) as u64 } else { 0 };
+        let args = [p(x.at), n(x.stride)?, n(x.cols)?, p(out), n(stride)?, p(scales)];
+        self.run(self.many("matmul_split", dtype)?, "split_rows", [x.rows, 1, 1], 256, 0, &args)?;
+        Ok(Split { at: out, stride, scales })
+    }
+
+    /// Whether one launch may make gate and up of a layer, with the activation: not of rows that are added up in pieces.
+    pub fn fuses(&self, gate: Matrix, x: &Input) -> bool {
+        x.split(gate.dtype).is_none() || gate.cols <= LEN
+    }
+
+    /// Rows of prompts in parts times weights of F16 or BF16, as [`Launcher::matmul`]: the same bits for any number of rows.
+    pub(super) fn matmul_split(
+        &self,
+        w: Matrix,
+        x: Split,
+        jobs: Option<Sorted>,
+        up: Option<(Matrix, Activation)>,
+        bias: u64,
+        out: Floats,
+        add: bool,
+    ) -> Result<(), KernelError> {
+        let m = self.many("matmul_split", w.dtype)?;
+        let columns = if w.dtype == DType::F16 { COLUMNS } else { 64 };
+        let halves = if up.is_some() { 2 } else { 1 };
+        let tiles = |features: usize, columns: usize| {
+            (out.rows.div_ceil(columns), w.rows.div_ceil(features / halves))
+        };
+        let (x_tiles, y_tiles) = tiles(256, columns);
+        let (entry, grid, threads, shared) = match jobs {
+            None if x_tiles * y_tiles >= MANY_BLOCKS => ("matmul", (x_tiles, y_tiles), 256, 98_304),
+            None => ("matmul_32", tiles(64, TILE_COLUMNS), 128, 40_960),
+            Some(j) => ("matmul_32", (j.count, tiles(64, TILE_COLUMNS).1), 128, 40_960),
+        };
+        let jobs = jobs.unwrap_or(Sorted { order: 0, tiles: 0, count: 0, share: 1 });
+        let step = if up.is_some() { w.cols } else { LEN };
+        for first in (0..w.cols).step_by(step) {
+            let args = [
+                p(w.at + 2 * first as u64),
+                p(w.row_bytes() as u64),
+                p((w.row_bytes() * w.matrix_rows) as u64),
+                n(w.rows)?,
+                n(step.min(w.cols - first))?,
+                p(x.at + split_bytes(w.dtype, first) as u64),
+                n(x.stride)?,
+                p(x.scales),
+                n(out.rows)?,
+                p(jobs.order),
+                p(jobs.tiles),
+                n(jobs.share)?,
+                p(up.map_or(0, |u| u.0.at)),
+                flag(up.is_some_and(|u| u.1 == Activation::GeluTanh)),
+                p(if first == 0 { bias } else { 0 }),
+                p(out.at),
+                n(out.stride)?,
+                flag(add || first > 0),
+            ];
+            self.run(m, entry, [grid.0, grid.1, 1], threads, shared / 4, &args)?;
+        }
+        Ok(())
+    }
+
+    /// The kernel of a prompt's rows on tensor cores, where there is one for these heads: its dimensions.
+    pub(super) fn prompt_half(&self, a: &Gqa) -> Option<(&'static Ptx, &'static str, usize)> {
+        let (major, minor) = self.capability;
+        let name = format!("prompt_half_{}", a.k.dtype.name().to_ascii_lowercase());
+        let text = modules::text_for(&name, 10 * major + minor).filter(|_| a.k.dtype == a.v.dtype)?;
+        let all = [("prompt_64", 64), ("prompt_96", 96), ("prompt_128", 128)];
+        let fits = a.key.is_multiple_of(8) && a.value.is_multiple_of(8);
+        let (entry, dims) = all.into_iter().find(|e| fits && a.key.max(a.value) <= e.1)?;
+        Some((text, entry, dims))
+    }
+
+    /// Lanes of a tile of a prompt's rows.
+    pub fn prompt_lanes(&self, a: &Gqa) -> usize {
+        if self.prompt_half(a).is_some() { plan::HALF_LANES } else { plan::LANES }
+    }
+}

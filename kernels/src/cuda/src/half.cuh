@@ -1,0 +1,49 @@
+// Products of f32 precision on f16 tensor cores, and copies in stages, from sm_80 on: one side is f16 already, the other goes in two f16
+// parts. The hardware adds an instruction's 16 products and its accumulator in an order and with a rounding of its own (towards zero): keep
+// chains short, and add what they give as floats.
+#pragma once
+#include "mma.cuh"
+
+// x and y as hi + lo, x in the lower halves: to 2^-22 of itself, or 2^-25 where that is more. Scale so that the largest lies near 2^14.
+__device__ __forceinline__ void split(float x, float y, u32& hi, u32& lo) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(y), "f"(x));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(lo) : "f"(y - f16((u16)(hi >> 16))), "f"(x - f16((u16)hi)));
+}
+
+// The power of two that brings `most`, the largest magnitude of a row, into [2^13, 2^14); 1 where that is 0 or not finite, 2^126 where it
+// is tiny.
+__device__ __forceinline__ float scale_for(float most) {
+    const int e = (__float_as_int(most) >> 23) & 255;
+    if (most == 0.0f || e == 255) return 1.0f;
+    return __int_as_float(min(267 - e, 253) << 23);
+}
+
+// c += a b: 16 x 16 of a with 16 x 8 of b.
+__device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// As load_matrices, each matrix turned.
+__device__ __forceinline__ void load_turned(u32 (&d)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(at));
+}
+
+// 16 bytes to the shared address `to`, or zeros.
+__device__ __forceinline__ void copy16_or_zero(u32 to, const void* from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(live ? 16 : 0));
+}
+
+// Copies so far are a stage.
+__device__ __forceinline__ void stage_begun() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Waits for all stages but the latest `later`.
+template <int later>
+__device__ __forceinline__ void stages_done() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(later) : "memory");
+}

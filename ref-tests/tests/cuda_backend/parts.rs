@@ -1,0 +1,160 @@
+//! Rows of prompts in parts, for weights of F16 and BF16, as GPUs since compute capability 8.0 take them: close to the CPU, whatever the
+//! call holds besides; rows that are decoded keep the CPU's bits.
+
+use crate::models::{eval, load, options};
+use crate::ops::{all, buf, vector, weight};
+use engine::Session;
+use kernels::testing::{Rng, assert_bits};
+use kernels::*;
+use quant::DType;
+use ref_tests::gpu::Interpreted;
+use ref_tests::{compare, fixture, read_npy, read_tokens};
+
+fn newer() -> Device {
+    Interpreted::like((8, 0), 1 << 30).device().expect("the kernels load")
+}
+
+/// Of each row the tokens of its prompt: decoded, a prompt's, one too short for parts.
+fn prompts() -> Vec<u32> {
+    [vec![0; 3], vec![15; 15], vec![8; 3]].concat()
+}
+
+/// What `run` makes of all rows in one call, of those of the prompt in pieces, and of all rows decoded.
+fn check(what: &str, d: usize, run: impl Fn(&Device, &[f32], &[u32]) -> Vec<f32>) {
+    let prompts = prompts();
+    let n = prompts.len();
+    let x = Rng(4).activations(n * d);
+    let (dev, cpu) = (newer(), Device::new(cpu::CpuBackend::new(1)));
+    let (got, want) = (run(&dev, &x, &prompts), run(&cpu, &x, &vec![0; n]));
+    let cols = got.len() / n;
+    let size = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+        assert!((g - w).abs() <= 2e-6 * size, "{what}: value {i} is {g:e}, {w:e} on the CPU");
+    }
+    let decoded = run(&dev, &x, &vec![0; n]);
+    for rows in [0..3, 18..21] {
+        let part = rows.start * cols..rows.end * cols;
+        assert_bits(&got[part.clone()], &decoded[part.clone()], || format!("{what}: rows not of prompts"));
+    }
+    assert!(got != decoded, "{what}: prompts take kernels of their own");
+    for rows in [3..4, 4..14, 14..18] {
+        let piece = run(&dev, &x[rows.start * d..rows.end * d], &prompts[rows.clone()]);
+        assert_bits(&piece, &got[rows.start * cols..rows.end * cols], || {
+            format!("{what}: rows {rows:?} alone")
+        });
+    }
+}
+
+#[test]
+fn products() {
+    for (dtype, cols) in [(DType::F16, 96), (DType::BF16, 513), (DType::F16, 4128)] {
+        check(&format!("{dtype}, {cols} columns"), cols, |dev, x, prompts| {
+            // Another format beside them, and both types in parts.
+            let n = prompts.len();
+            let other = if dtype == DType::F16 && cols == 96 { DType::BF16 } else { DType::F32 };
+            let (w, u) = (weight(dev, dtype, 1, 9, cols, 5), weight(dev, other, 1, 4, cols, 6));
+            let q = weight(dev, if cols % 32 == 0 { DType::Q8_0 } else { DType::F32 }, 1, 3, cols, 7);
+            let (x, bias) = (buf(dev, x, cols), vector(dev, 9, 7));
+            let mut out = buf(dev, &vec![0.5; 16 * n], 16);
+            let mut other = buf(dev, &vec![0.5; 4 * n], 4);
+            let mut third = dev.alloc(n, 3).unwrap();
+            let products = &mut [
+                Product { weight: &w, bias: Some(&bias), out: out.part_mut(n, 2..11), write: Write::Set },
+                Product { weight: &u, bias: None, out: other.view_mut(n), write: Write::Add },
+                Product { weight: &q, bias: None, out: third.view_mut(n), write: Write::Set },
+            ];
+            dev.for_rows(prompts).matmul(x.view(n), products).unwrap();
+            dev.copy(other.view(n), out.part_mut(n, 11..15)).unwrap();
+            dev.copy(third.part(n, 0..1), out.part_mut(n, 0..1)).unwrap();
+            all(dev, &out)
+        });
+    }
+}
+
+#[test]
+fn feed_forward_layers_and_experts() {
+    let (experts, used) = (5, 2);
+    for (inner, down, act, d, hidden) in [
+        (DType::F16, DType::F16, Activation::Silu, 96, 70),
+        (DType::BF16, DType::F16, Activation::GeluTanh, 64, 96),
+        (DType::F16, DType::BF16, Activation::Silu, 4128, 7),
+    ] {
+        check(&format!("{inner}, {down}, {d}"), d, |dev, x, prompts| {
+            let n = prompts.len();
+            let layer = |count: usize, seed: u64| {
+                [
+                    weight(dev, inner, count, hidden, d, seed),
+                    weight(dev, inner, count, hidden, d, seed + 1),
+                    weight(dev, down, count, d, hidden, seed + 2),
+                ]
+            };
+            let (one, many) = (layer(1, 10), layer(experts, 20));
+            let f = Ffn { gate: &one[0], up: &one[1], down: &one[2], act };
+            let e = Ffn { gate: &many[0], up: &many[1], down: &many[2], act };
+            // What a row chooses is its own affair.
+            let ids =
+                x.chunks_exact(d).flat_map(|x| [0, 1].map(|k| (x[k].abs() * 1e4) as u32 % experts as u32));
+            let routes =
+                Routes::new(used, ids.collect(), x.chunks_exact(d).flat_map(|x| [x[2], x[3]]).collect());
+            let (x, dev) = (buf(dev, x, d), dev.for_rows(prompts));
+            let mut out = dev.alloc(n, d).unwrap();
+            dev.ffn(f, x.view(n), out.view_mut(n), Write::Set).unwrap();
+            dev.moe(e, &routes, Some(f), x.view(n), out.view_mut(n), Write::Add).unwrap();
+            all(&dev, &out)
+        });
+    }
+}
+
+/// So many rows and columns that the largest blocks are taken: the bits of smaller ones.
+#[test]
+fn large_products() {
+    for (dtype, rows, n) in [(DType::F16, 4096, 512), (DType::Q8_0, 1024, 256), (DType::Q4_K, 1024, 230)] {
+        let cols = if dtype == DType::Q4_K { 256 } else { 32 };
+        let dev = newer();
+        let w = weight(&dev, dtype, 1, rows, cols, 3);
+        let x = buf(&dev, &Rng(8).activations(n * cols), cols);
+        let run = |some: std::ops::Range<usize>| {
+            let prompts = vec![n as u32; some.len()];
+            let mut to = dev.alloc(some.len(), rows).unwrap();
+            let mut from = dev.alloc(some.len(), cols).unwrap();
+            let ids: Vec<u32> = some.clone().map(|i| i as u32).collect();
+            dev.gather(x.view(n), &ids, from.view_mut(some.len())).unwrap();
+            let product = Product { weight: &w, bias: None, out: to.view_mut(some.len()), write: Write::Set };
+            dev.for_rows(&prompts).matmul(from.view(some.len()), &mut [product]).unwrap();
+            all(&dev, &to)
+        };
+        let whole = run(0..n);
+        for some in [0..20, n - 3..n] {
+            let part = run(some.clone());
+            assert_bits(&part, &whole[some.start * rows..some.end * rows], || {
+                format!("{dtype}, rows {some:?}")
+            });
+        }
+    }
+}
+
+/// Whole models of F16 and of BF16 with experts: Hugging Face's logits, the same bits for every cut of the prompt, and no memory but what was reserved.
+#[test]
+fn models() {
+    for (name, n) in [("mistral", 20), ("deepseek2-v2-lite", 11)] {
+        let (_, vocab, reference) = read_npy(&fixture(name).join("logits.npy"));
+        let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..n];
+        let run = |batch: usize| {
+            let dev = newer();
+            let model = load(name, Some(dev.clone().into()));
+            let before = dev.held();
+            let mut session = Session::new(&model, &options(n, batch, DType::F32)).expect("a session");
+            let held = dev.held();
+            let got = eval(&mut session, tokens);
+            assert!(before < held && held == dev.held(), "{name}: working memory stays as it was reserved");
+            got
+        };
+        let whole = run(n);
+        let d = compare(&reference[..n * vocab], &whole, vocab);
+        println!("{name}: {d:?}");
+        assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}: {d:?}");
+        for batch in [1, 7] {
+            assert_bits(&run(batch), &whole, || format!("{name}: batches of {batch}"));
+        }
+    }
+}
