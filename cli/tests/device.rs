@@ -1,7 +1,9 @@
 //! `--device` where there is no GPU: one clear line, or the CPU.
 
 mod common;
+use common::server::Server;
 use common::{error, rsinfer, run};
+use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Output;
 
@@ -17,6 +19,14 @@ fn without_driver() -> tempfile::TempDir {
 /// The program with the interpreter in the place of NVIDIA's driver; `fault` is what it is asked to do wrong. `None` where the stand-in
 /// was not built (it is an example of `rsinfer-kernels`, which `cargo test --workspace` builds).
 fn with_driver(fault: &str, args: &[&str]) -> Option<Output> {
+    let folder = driver()?;
+    let mut c = rsinfer();
+    c.args(args).env("LD_LIBRARY_PATH", folder.path()).env("RSINFER_TEST_DRIVER", fault);
+    Some(c.output().expect("the binary runs"))
+}
+
+/// The stand-in, in a folder under the name of NVIDIA's library.
+fn driver() -> Option<tempfile::TempDir> {
     let built = Path::new(env!("CARGO_BIN_EXE_rsinfer")).with_file_name("examples");
     let library = built.join("libinterpreted_driver.so");
     if !library.exists() {
@@ -32,9 +42,7 @@ fn with_driver(fault: &str, args: &[&str]) -> Option<Output> {
     }
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::copy(library, folder.path().join("libcuda.so.1")).expect("a copy");
-    let mut c = rsinfer();
-    c.args(args).env("LD_LIBRARY_PATH", folder.path()).env("RSINFER_TEST_DRIVER", fault);
-    Some(c.output().expect("the binary runs"))
+    Some(folder)
 }
 
 const RUN: [&str; 11] =
@@ -74,10 +82,10 @@ fn a_split_model_answers_as_the_cpu_does() {
         assert!(o.status.success(), "{place:?}: {text}");
         assert_eq!(o.stdout, want, "{place:?}: {text}");
         let Some(o) = with_driver("", &[&["plan", "demo", "--json"], place].concat()) else { return };
-        let p: serde_json::Value = serde_json::from_slice(&o.stdout).expect("JSON");
+        let p: Value = serde_json::from_slice(&o.stdout).expect("JSON");
         let devices = p["devices"].as_array().expect("devices");
         assert_eq!(devices.len(), gpus + 1, "{place:?}");
-        let bytes = |d: &serde_json::Value, part: Option<&str>| -> u64 {
+        let bytes = |d: &Value, part: Option<&str>| -> u64 {
             let parts = d["weights"].as_array().expect("parts").iter();
             let parts = parts.filter(|w| part.is_none_or(|p| w["part"] == p));
             parts
@@ -93,6 +101,28 @@ fn a_split_model_answers_as_the_cpu_does() {
         };
         assert_eq!((here("attention"), here("experts")), want, "{place:?}: {p}");
     }
+}
+
+/// `num_gpu` of a request counts when its model is loaded, and `/api/ps` says what lies on GPUs.
+#[test]
+fn a_server_places_models_as_it_is_asked() {
+    let Some(folder) = driver() else { return };
+    let path = folder.path().display().to_string();
+    let server = Server::start(&["--device", "cuda:0"], &[("LD_LIBRARY_PATH", path.as_str())]);
+    let ask = |more: Value| {
+        let mut options = json!({"num_predict": 3, "temperature": 0, "num_ctx": 64, "num_batch": 8});
+        options.as_object_mut().expect("options").extend(more.as_object().expect("options").clone());
+        let body =
+            json!({"model": "demo", "prompt": "Once upon", "raw": true, "stream": false, "options": options});
+        let answer = server.post("/api/generate", body).json();
+        let vram = server.get("/api/ps").json()["models"][0]["size_vram"].as_u64().expect("bytes");
+        server.post("/api/generate", json!({"model": "demo", "keep_alive": 0, "stream": false}));
+        server.until("unloaded", |s| s.get("/api/ps").json()["models"].as_array().is_some_and(Vec::is_empty));
+        (answer["response"].as_str().expect("a text").to_owned(), vram)
+    };
+    let (whole, some, none) = (ask(json!({})), ask(json!({"num_gpu": 2})), ask(json!({"num_gpu": 0})));
+    assert!(whole.1 > some.1 && some.1 > 0 && none.1 == 0, "{whole:?}, {some:?}, {none:?}");
+    assert!(whole.0 == none.0 && some.0 == none.0, "{whole:?}, {some:?}, {none:?}");
 }
 
 #[test]

@@ -272,14 +272,9 @@ mod tests {
 
     #[test]
     fn auto_takes_the_roomiest_without_a_display() {
-        let gpu = |index, bytes, display| Found {
-            index,
-            info: String::new(),
-            gpu: Gpu { bytes, display },
-            broken: None,
-        };
-        let lost = Found { broken: Some("gone".into()), ..gpu(4, 96, false) };
-        let all = vec![gpu(0, 10, false), gpu(1, 24, false), gpu(2, 24, false), gpu(3, 48, true), lost];
+        let lost = Found { broken: Some("gone".into()), ..roomy(4, 96, false) };
+        let all =
+            vec![roomy(0, 10, false), roomy(1, 24, false), roomy(2, 24, false), roomy(3, 48, true), lost];
         let gpus = Gpus { choice: DeviceChoice::Auto, all, none: None };
         assert_eq!(gpus.roomiest(), [1, 2, 0]);
         let why = gpus.why_none();
@@ -290,5 +285,44 @@ mod tests {
         let none = gpus.without("no driver").expect("auto goes on");
         assert!(none.without("again").is_none() && none.why_none() == "no driver");
         assert!(Gpus { choice: DeviceChoice::Cuda(vec![0]), ..gpus }.without("no").is_none());
+    }
+
+    fn roomy(index: usize, bytes: u64, display: bool) -> Found {
+        Found { index, info: "test".into(), gpu: Gpu { bytes, display }, broken: None }
+    }
+
+    /// One GPU where that holds the model, all together where none does; experts go before layers, and the CPU takes over last.
+    #[test]
+    fn auto_comes_to_what_fits() {
+        let model =
+            PlanModel::open("../ref-tests/demo-model/demo-q8_0.gguf".as_ref()).expect("the demo model");
+        let session = crate::SessionOptions { ctx: 128, batch: 8, ..Default::default() };
+        let o = PlanOptions { session, parallel: 1, threads: 1, ..PlanOptions::default() };
+        let on = |choice: DeviceChoice, all: Vec<Found>| {
+            let gpus = Gpus { choice, all, none: None };
+            let (found, note) = gpus.fit(&model, &o, 1 << 40, &Rules::default()).expect("a plan");
+            (found, note.unwrap_or_default())
+        };
+        let auto = |all| on(DeviceChoice::Auto, all);
+        let layers = model.n_layers() + 1;
+        let whole = auto(vec![roomy(0, 1 << 30, false)]).0.plan.devices[1].resident();
+        let all = vec![roomy(0, whole, false), roomy(1, 2 * whole, false), roomy(2, 4 * whole, true)];
+        let (found, note) = auto(all);
+        assert_eq!((found.plan.layout.used(), found.plan.gpu_layers), (vec![2], layers));
+        assert!(note.contains("cuda:1 (test): the whole model"), "{note}");
+        let (found, note) = auto(vec![roomy(0, whole / 4 * 3, false), roomy(1, whole / 4 * 3, false)]);
+        assert!(found.plan.fits() && [1, 2].iter().all(|d| found.plan.layout.used().contains(d)), "{note}");
+        let (found, note) = auto(vec![roomy(0, whole / 4 * 3, false)]);
+        assert!(found.plan.fits() && found.plan.gpu_layers == layers && found.plan.cpu_moe > 0, "{note}");
+        assert!(note.contains("on the CPU"), "{note}");
+        let (found, note) = auto(vec![roomy(0, 1000, false), roomy(1, whole, true)]);
+        assert!(found.plan.fits() && found.plan.layout.used() == [0]);
+        assert!(
+            note.contains("the CPU; cuda:0 has no room for any of it; cuda:1 serves a display"),
+            "{note}"
+        );
+        // Who names a GPU is told what would fit it.
+        let (found, _) = on(DeviceChoice::Cuda(vec![0]), vec![roomy(0, whole / 4 * 3, false)]);
+        assert!(!found.plan.fits() && found.ways.iter().any(|w| w.flags().contains("--n-cpu-moe")));
     }
 }

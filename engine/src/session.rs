@@ -39,7 +39,7 @@ use std::time::{Duration, Instant};
 pub struct LoadOptions {
     /// Map the file instead of reading it into memory.
     pub mmap: bool,
-    /// Keep the mapped file in memory, all of it.
+    /// Keep all of the mapped file in memory that the host computes with.
     pub lock: bool,
     /// What of a mapped file stays in memory where not all can.
     pub pager: PagerOptions,
@@ -126,7 +126,8 @@ impl Model {
         let devices = options.devices.clone().unwrap_or_else(|| cpu().into());
         let mut paging = options.pager;
         if options.lock {
-            file.lock(&options.progress)?;
+            // A GPU holds its own copy.
+            file.lock(|name| devices.of(name).is_none_or(Device::is_host), &options.progress)?;
             paging = PagerOptions { memory: Some(u64::MAX), ..PagerOptions::default() };
         }
         let pager = Arc::new(Pager::new(&file, &devices, paging));

@@ -280,20 +280,24 @@ impl File {
         Ok(())
     }
 
-    /// Keeps all mapped bytes in memory, reading them now.
+    /// Keeps the mapped bytes of the tensors for whose names `here` holds in memory, reading them now.
     ///
     /// # Errors
     /// [`ErrorKind::Lock`], [`ErrorKind::Stopped`].
-    pub fn lock(&self, progress: &Progress) -> Result<(), GgufError> {
-        let mapped = || self.parts.iter().filter_map(|p| Some((&p.path, p.map.as_ref()?)));
-        mapped().for_each(|(_, map)| progress.expect(map.len() as u64));
-        for (path, map) in mapped() {
-            for from in (0..map.len()).step_by(PIECE) {
+    pub fn lock(&self, here: impl Fn(&str) -> bool, progress: &Progress) -> Result<(), GgufError> {
+        let tensors = self.tensors().iter().filter(|t| here(&t.name));
+        let mapped: Vec<_> = tensors
+            .filter_map(|t| Some((t, &self.parts.get(t.part)?.path, self.map(t.part)?)))
+            .map(|(t, path, map)| (path, map, t.offset as usize..(t.offset + t.n_bytes) as usize))
+            .collect();
+        let bytes = mapped.iter().map(|m| m.2.len() as u64).sum();
+        progress.expect(bytes);
+        for (path, map, range) in mapped {
+            for from in range.clone().step_by(PIECE) {
                 if progress.is_stopped() {
                     return Err(GgufError::new(path, ErrorKind::Stopped));
                 }
-                let to = map.len().min(from + PIECE);
-                let bytes = map.len() as u64;
+                let to = range.end.min(from + PIECE);
                 map.lock(from..to).map_err(|e| GgufError::new(path, ErrorKind::Lock { bytes, error: e }))?;
                 progress.add((to - from) as u64);
             }
