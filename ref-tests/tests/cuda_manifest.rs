@@ -53,7 +53,8 @@ fn versions_and_targets_are_the_lowest() {
 }
 
 /// Modules that Turing has no text of: others serve it.
-const NEWER_ALONE: [&str; 3] = ["matmul_split_f16", "matmul_split_bf16", "prompt_half_f16"];
+const NEWER_ALONE: [&str; 5] =
+    ["mla_f16", "mla_small_f16", "matmul_split_f16", "matmul_split_bf16", "prompt_half_f16"];
 
 /// A module's newer text is taken by newer GPUs alone, and replaces one that all take.
 #[test]

@@ -3,7 +3,7 @@
 
 use super::backend::{CudaBackend, cache_of};
 use super::layout;
-use super::operands::{Absorbed, BLOCK_BYTES, Floats, Gqa, Input, Lists, Matrix, SPLIT, Sorted, Tiles};
+use super::operands::{Absorbed, BLOCK_BYTES, Floats, Gqa, Input, Lists, Matrix, Parts, Sorted, Tiles};
 use super::plan::{self, Plan};
 use super::scratch::{Area, Scratch};
 use crate::backend::{Attention, Mass, Mla, MlaUp, Visible};
@@ -40,29 +40,30 @@ impl CudaBackend {
         }
     }
 
-    /// The next rows of a call of attention, at most `most`, and their lists on the device. `each`: bytes of one part of a row.
+    /// The next rows of a call of attention, at most `most`, and their lists on the device. `each`: bytes of one of a row's `parts`.
     fn pass(
         &self,
         s: &mut Scratch,
         v: &Visible,
         first: usize,
         most: usize,
-        each: usize,
+        (parts, each): (Parts, usize),
     ) -> Result<(Range<usize>, Lists), KernelError> {
-        let parts = |longest: usize| longest.div_ceil(SPLIT) * each;
-        let all = (first..first + most).map(|i| v.seen(i)).max().unwrap_or(0);
-        let room = s.room(Area::Parts, parts(v.seen(first)), most * parts(all))?;
+        let count = |i: usize| parts.count(v.seen(i));
+        let all = (first..first + most).map(count).max().unwrap_or(0);
+        let room = s.room(Area::Parts, count(first) * each, most * all * each)?;
         let spans: usize = (first..first + most).map(|i| v.row(i).len()).sum();
         let lists = s.room(Area::Lists, 4 + 12 * v.row(first).len(), 4 * most + 12 * spans)?;
-        let (mut end, mut longest, mut spans) = (first, 0, 0);
+        let (mut end, mut splits, mut spans) = (first, 0, 0);
         while end < first + most {
-            let (seen, more) = (longest.max(v.seen(end)), spans + v.row(end).len());
+            let (split, more) = (splits.max(count(end)), spans + v.row(end).len());
             let n = end + 1 - first;
-            if end > first && (n * parts(seen) > room || 4 * n + 12 * more > lists) {
+            if end > first && (n * split * each > room || 4 * n + 12 * more > lists) {
                 break;
             }
-            (end, longest, spans) = (end + 1, seen, more);
+            (end, splits, spans) = (end + 1, split, more);
         }
+        let longest = (first..end).map(|i| v.seen(i)).max().unwrap_or(0);
         let rows = end - first;
         let mut words = Vec::with_capacity(rows + 3 * spans);
         let mut at = 0;
@@ -72,7 +73,7 @@ impl CudaBackend {
         }));
         words.extend((first..end).flat_map(|i| v.row(i)).flat_map(|s| [s.start, s.len, u32::from(s.sink)]));
         let ends = s.send(&[Area::Lists, Area::OtherLists], &words)?;
-        Ok((first..end, Lists { ends, spans: ends + 4 * rows as u64, rows, longest }))
+        Ok((first..end, Lists { ends, spans: ends + 4 * rows as u64, rows, longest, parts, splits }))
     }
 
     /// `ids[i] = i % heads`, for `count` of them.
@@ -98,7 +99,7 @@ impl CudaBackend {
         let sinks = sinks(a.q_sink, &q)?;
         let (k, v) = (cache_of(a.k)?, cache_of(a.v)?);
         let (key, value) = (k.width / a.kv_heads, v.width / a.kv_heads);
-        let each = 4 * a.heads * (value + 2);
+        let parts = (Parts::GROUPED, 4 * a.heads * (value + 2));
         let op = |rows: &Range<usize>| Gqa {
             heads: a.heads,
             kv_heads: a.kv_heads,
@@ -126,7 +127,7 @@ impl CudaBackend {
             let mut at = if prompt { rows.start.max(counted.start) } else { rows.start };
             let end = if prompt { rows.end.min(counted.end) } else { rows.end };
             while at < end {
-                let (some, lists) = self.pass(s, a.visible, at, end - at, each)?;
+                let (some, lists) = self.pass(s, a.visible, at, end - at, parts)?;
                 let (op, parts) = (op(&some), s.at(Area::Parts));
                 self.kernels.attend(&op, lists, parts)?;
                 if !prompt {
@@ -185,13 +186,14 @@ impl CudaBackend {
             most = most.min(s.rows(area, each, n)?);
         }
         let each = 4 * heads * (latent + 2);
-        let tiled = self.kernels.takes_prompts(latents, k_pe, 0);
+        let takes_tiles = self.kernels.takes_mla_prompts(latents, k_pe, heads);
         let mut first = 0;
         while first < n {
-            let (prompt, end) = run(m.visible, first, tiled);
+            let (prompt, end) = run(m.visible, first, true);
+            let (tiled, parts) = (prompt && takes_tiles, Parts::absorbed(heads, prompt && !takes_tiles));
             let mut rows = first..end.min(first + most);
             let mut tiles = None;
-            if prompt {
+            if tiled {
                 let (some, t) = self.tiles(s, m.visible, rows, heads, plan::LANES)?;
                 (rows, tiles) = (some, Some(t));
             }
@@ -234,13 +236,13 @@ impl CudaBackend {
                 self.kernels.prompt_mla(&op(&rows), t, sums.at)?;
             }
             let counted = mass.as_ref().map_or(0..0, |m| m.rows.clone());
-            let mut at = if prompt { rows.start.max(counted.start) } else { rows.start };
-            let end = if prompt { rows.end.min(counted.end) } else { rows.end };
+            let mut at = if tiled { rows.start.max(counted.start) } else { rows.start };
+            let end = if tiled { rows.end.min(counted.end) } else { rows.end };
             while at < end {
-                let (some, lists) = self.pass(s, m.visible, at, end - at, each)?;
+                let (some, lists) = self.pass(s, m.visible, at, end - at, (parts, each))?;
                 let (op, parts) = (op(&some), s.at(Area::Parts));
                 self.kernels.attend_mla(&op, lists, parts)?;
-                if !prompt {
+                if !tiled {
                     let to = sums.part(some.start - rows.start..some.end - rows.start);
                     self.kernels.merge((latents, k_pe), parts, (heads, latent), lists, to)?;
                 }

@@ -31,6 +31,8 @@ FLOATS = ["F32", "F16", "BF16"]
 CACHES = FLOATS + ["Q8_0", "Q4_0"]
 # Types of a layer's two caches that differ.
 PAIRS = [(a, b) for a in ["F16", "Q8_0", "Q4_0"] for b in ["F16", "Q8_0", "Q4_0"] if a != b]
+# Kernels that need more shared memory than other targets give a block.
+ONLY = {"mla_f16_sm80": [80, 90, 100]}
 # (name of the PTX file, source, format, architecture). One text serves every target from its architecture on, up to that of the module's next.
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]
@@ -40,6 +42,7 @@ MODULES = (
     + [(f"matmul_{f.lower()}", "matmul_float.cu", f, 75) for f in FLOATS]
     + [(f"{s}_{f.lower()}", f"{s}.cu", f, 75) for s in ["attention", "prompt", "mass", "store"] for f in CACHES]
     + [(f"{s}_{a.lower()}_{b.lower()}", f"{s}.cu", f"{a},SECOND={b}", 75) for s in ["attention", "prompt", "mass"] for a, b in PAIRS]
+    + [("mla_f16_sm80", "mla.cu", "F16", 80), ("mla_small_f16_sm80", "mla.cu", "F16,SMALL", 80)]
     + [(name, f"{name}.cu", None, 75) for name in ["cache", "round", "router", "rows"]]
     + [("prompt_half_f16_sm80", "prompt_half.cu", "F16", 80)]
     + [(f"matmul_split_{f.lower()}_sm80", "matmul_split.cu", f, 80) for f in FLOATS if f != "F32"]
@@ -122,7 +125,7 @@ def build(folder, out):
         path = out / "ptx" / f"{name}.ptx"
         path.write_text(compile_ptx(nvrtc, source, fmt, arch))
         last = 80 if f"{name}_sm80" in names else 1000
-        jobs[name] = {a: pool.submit(resources, ptxas, path, a) for a in TARGETS if arch <= a < last}
+        jobs[name] = {a: pool.submit(resources, ptxas, path, a) for a in ONLY.get(name, TARGETS) if arch <= a < last}
     for name, _, _, _ in MODULES:
         per = {a: job.result() for a, job in jobs[name].items()}
         for kernel in next(iter(per.values())):

@@ -5,7 +5,7 @@ use super::gpu::{Arg, Counted, GpuError, GpuInfo, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
 use super::operands::{
-    Absorbed, BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Product, Rounded, SPLIT, Sorted, Tiles,
+    BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Product, Rounded, Sorted, Tiles,
 };
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
@@ -18,11 +18,11 @@ pub const COLUMNS: usize = 8;
 /// Blocks along y and z of a grid.
 const MAX_YZ: usize = 65_535;
 /// Value dimensions of a head at most: attention.cu, DIMS x THREADS.
-const MAX_VALUE: usize = 512;
+pub(super) const MAX_VALUE: usize = 512;
 /// Query heads of a block of attention.
-const HEADS: usize = 8;
+pub(super) const HEADS: usize = 8;
 /// Cache entries that a block of attention takes at a time.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 
 pub(super) fn n(x: usize) -> Result<Arg, KernelError> {
     u32::try_from(x)
@@ -38,7 +38,7 @@ pub(super) fn flag(x: bool) -> Arg {
     Arg::U32(u32::from(x))
 }
 
-fn refuse<T>(what: String) -> Result<T, KernelError> {
+pub(super) fn refuse<T>(what: String) -> Result<T, KernelError> {
     Err(KernelError::Shape(format!("cuda: {what}")))
 }
 
@@ -71,29 +71,6 @@ impl Gqa {
     }
 }
 
-impl Absorbed {
-    fn operands(&self) -> Result<[Arg; 9], KernelError> {
-        if self.latent > MAX_VALUE {
-            return refuse(format!("latents of {} values; {MAX_VALUE} are possible", self.latent));
-        }
-        Ok([
-            p(self.q_latent),
-            p(self.q.at),
-            p(self.q_sink),
-            n(self.q.stride)?,
-            p(self.latents.at),
-            p(self.latents.row_bytes() as u64),
-            p(self.k_pe.at),
-            p(self.k_pe.row_bytes() as u64),
-            n(self.heads)?,
-        ])
-    }
-
-    fn shape(&self) -> Result<[Arg; 4], KernelError> {
-        Ok([n(self.latent)?, n(self.nope)?, n(self.rope)?, Arg::F32(self.scale)])
-    }
-}
-
 /// Columns of a tile of products on tensor cores.
 pub const TILE_COLUMNS: usize = 32;
 
@@ -115,7 +92,7 @@ pub struct Launcher {
     gpu: Arc<Counted>,
     pub(super) capability: (u32, u32),
     /// Bytes of shared memory that a block may have.
-    shared: usize,
+    pub(super) shared: usize,
     loaded: Mutex<Loaded>,
 }
 
@@ -413,12 +390,15 @@ impl Launcher {
         ])
     }
 
+    /// The text of a module for this GPU, where it has one.
+    pub(super) fn text(&self, name: &str) -> Option<&'static Ptx> {
+        modules::text_for(name, 10 * self.capability.0 + self.capability.1)
+    }
+
     /// The text of a kind of products with many columns for this GPU.
     pub(super) fn many(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
-        let (major, minor) = self.capability;
         let name = format!("{kind}_{}", dtype.name().to_ascii_lowercase());
-        let text = modules::text_for(&name, 10 * major + minor);
-        text.map_or_else(|| refuse(format!("no module {name}")), Ok)
+        self.text(&name).map_or_else(|| refuse(format!("no module {name}")), Ok)
     }
 
     /// Many columns: all of x for one matrix, or `jobs` by expert, row j of out being job j. With `up`, `act(W x) * (up x)`. A column's
@@ -512,19 +492,6 @@ impl Launcher {
         ]
         .concat();
         self.run(m, entry, [t.count, a.kv_heads * group.div_ceil(t.heads), 1], 256, shared, &args)
-    }
-
-    /// The same of absorbed MLA; out `[rows, heads, latent]`.
-    pub fn prompt_mla(&self, a: &Absorbed, t: Tiles, out: u64) -> Result<(), KernelError> {
-        let m = self.pair("prompt", a.latents, a.k_pe)?;
-        let args = [
-            &a.operands()?[..],
-            &[n(t.heads)?],
-            &a.shape()?,
-            &[p(t.tiles), p(t.segments), p(t.ranges), p(out)],
-        ]
-        .concat();
-        self.run(m, "prompt_mla", [t.count, a.heads.div_ceil(t.heads), 1], 256, 0, &args)
     }
 
     /// `out[r][h] = sum_i x[r][h * step + i] w[h * head_rows + i]` over the first `len` rows of each head; out `[rows, heads, cols]`.
@@ -633,19 +600,11 @@ impl Launcher {
             &a.values(),
             &a.grouping()?,
             &a.shape()?,
-            &[p(l.spans), p(l.ends), n(SPLIT)?, p(parts)],
+            &[p(l.spans), p(l.ends), n(l.parts.split)?, p(parts)],
         ]
         .concat();
-        let grid = [l.splits(), a.kv_heads * group.div_ceil(HEADS), l.rows];
+        let grid = [l.splits, a.kv_heads * group.div_ceil(HEADS), l.rows];
         self.run(m, "attend", grid, 128, TILE * (a.key + 1), &args)
-    }
-
-    /// Parts `[rows, heads, splits, latent + 2]` of absorbed MLA.
-    pub fn attend_mla(&self, a: &Absorbed, l: Lists, parts: u64) -> Result<(), KernelError> {
-        let m = self.pair("attention", a.latents, a.k_pe)?;
-        let args = [&a.operands()?[..], &a.shape()?, &[p(l.spans), p(l.ends), n(SPLIT)?, p(parts)]].concat();
-        let grid = [l.splits(), a.heads.div_ceil(HEADS), l.rows];
-        self.run(m, "attend_mla", grid, 128, TILE * (a.latent + a.rope + 1), &args)
     }
 
     /// The parts put together: out `[rows, heads * value]`; the caches only say which module is loaded already.
@@ -660,11 +619,12 @@ impl Launcher {
         let m = self.pair("attention", first, second)?;
         let args = [
             p(parts),
-            n(l.splits())?,
+            n(l.splits)?,
             n(value)?,
             p(l.spans),
             p(l.ends),
-            n(SPLIT)?,
+            n(l.parts.split)?,
+            n(l.parts.most)?,
             p(out.at),
             n(out.stride)?,
         ];
@@ -683,9 +643,9 @@ impl Launcher {
                 p(l.spans),
                 p(l.ends),
                 n(row)?,
-                n(SPLIT)?,
+                n(l.parts.split)?,
                 p(parts),
-                n(l.splits())?,
+                n(l.splits)?,
                 p(mass.at),
                 n(mass.stride)?,
             ],
@@ -694,27 +654,8 @@ impl Launcher {
         self.run(m, "mass", [l.longest.div_ceil(64), a.kv_heads, 1], 128, 2 * group, &args)
     }
 
-    /// The same after `attend_mla`; mass `[1, slots]`.
-    pub fn mass_mla(
-        &self,
-        a: &Absorbed,
-        l: Lists,
-        row: usize,
-        parts: u64,
-        mass: Floats,
-    ) -> Result<(), KernelError> {
-        let m = self.pair("mass", a.latents, a.k_pe)?;
-        let args = [
-            &a.operands()?[..],
-            &a.shape()?,
-            &[p(l.spans), p(l.ends), n(row)?, n(SPLIT)?, p(parts), n(l.splits())?, p(mass.at)],
-        ]
-        .concat();
-        self.run(m, "mass_mla", [l.longest.div_ceil(64), 1, 1], 128, 2 * a.heads, &args)
-    }
-
     /// The module of a kind for a layer's two caches.
-    fn pair(&self, kind: &str, first: Cache, second: Cache) -> Result<&'static Ptx, KernelError> {
+    pub(super) fn pair(&self, kind: &str, first: Cache, second: Cache) -> Result<&'static Ptx, KernelError> {
         let (a, b) = (first.dtype, second.dtype);
         let none = || {
             refuse(format!(

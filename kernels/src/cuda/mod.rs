@@ -11,6 +11,7 @@ mod driver;
 mod gpu;
 mod launch;
 pub mod layout;
+mod mla;
 pub mod modules;
 mod operands;
 pub mod plan;

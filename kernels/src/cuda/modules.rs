@@ -17,7 +17,7 @@ impl Ptx {
     }
 }
 
-/// How texts are named that need compute capability 8.0: another of the same module serves Turing.
+/// How texts are named that need compute capability 8.0: another of the same module serves Turing, if any does.
 const NEWER: &str = "_sm80";
 
 macro_rules! modules {
@@ -45,6 +45,7 @@ modules! {
     attention_f16_q8_0 attention_f16_q4_0 attention_q8_0_f16 attention_q8_0_q4_0 attention_q4_0_f16 attention_q4_0_q8_0
     prompt_f16_q8_0 prompt_f16_q4_0 prompt_q8_0_f16 prompt_q8_0_q4_0 prompt_q4_0_f16 prompt_q4_0_q8_0
     mass_f16_q8_0 mass_f16_q4_0 mass_q8_0_f16 mass_q8_0_q4_0 mass_q4_0_f16 mass_q4_0_q8_0
+    mla_f16_sm80 mla_small_f16_sm80
     cache round router rows
 }
 

@@ -7,8 +7,41 @@ use std::ops::Range;
 
 /// Bytes of 256 rounded activations: `Block` of matvec.cu.
 pub const BLOCK_BYTES: usize = 448;
-/// Entries of a part of a row's list. Fixed, so that bits do not depend on what else there is.
-pub const SPLIT: usize = 128;
+/// How a row's list is cut into parts: of `split` entries, or of more where there would be more than `most` (0: any number). Decided by the
+/// layer and the row's own length, so that bits do not depend on what else there is. `part_len` of src/cached.cuh.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts {
+    pub split: usize,
+    pub most: usize,
+}
+
+impl Parts {
+    /// Of grouped heads.
+    pub const GROUPED: Self = Self { split: 128, most: 0 };
+
+    /// Of absorbed MLA. A part's sums are as long as the latents it read for 128 heads and 230 entries: some 128 blocks of up to 32 heads fill
+    /// a GPU, more only write more. A prompt's rows fill it by themselves.
+    pub fn absorbed(heads: usize, prompt: bool) -> Self {
+        let blocks = heads.div_ceil(32);
+        let most = (128 / blocks).max(1);
+        match prompt {
+            true => Self { split: 1024, most: most.min(16) },
+            false => Self { split: if blocks > 1 { 256 } else { 128 }, most },
+        }
+    }
+
+    /// Parts of a list of `seen` entries.
+    pub fn count(self, seen: usize) -> usize {
+        let each = seen.checked_div(self.most).map_or(0, |_| seen.div_ceil(self.most).next_multiple_of(32));
+        seen.div_ceil(each.max(self.split))
+    }
+
+    /// Parts of a list of at most `seen` entries.
+    pub fn limit(self, seen: usize) -> usize {
+        let most = seen.div_ceil(self.split);
+        if self.most == 0 { most } else { most.min(self.most) }
+    }
+}
 
 /// Activations in device memory: `rows` rows of `cols` values, `stride` values apart.
 #[derive(Clone, Copy, Debug)]
@@ -192,12 +225,9 @@ pub struct Lists {
     pub rows: usize,
     /// Entries of the longest.
     pub longest: usize,
-}
-
-impl Lists {
-    pub fn splits(&self) -> usize {
-        self.longest.div_ceil(SPLIT)
-    }
+    pub parts: Parts,
+    /// Parts of the row that has most.
+    pub splits: usize,
 }
 
 /// Grouped heads.

@@ -3,7 +3,7 @@
 
 use super::gpu::{Counted, Memory};
 use super::launch::TILE_COLUMNS;
-use super::operands::{BLOCK_BYTES, SPLIT, input_bytes};
+use super::operands::{BLOCK_BYTES, Parts, input_bytes};
 use crate::{Hidden, KernelError, Limits};
 use quant::DType;
 use std::sync::Arc;
@@ -110,6 +110,7 @@ impl Sizes {
         let head_blocks = if mla { heads * blocks(l.latent) } else { 0 };
         let latents = if mla { rows(4 * l.max_heads_out) } else { 0 };
         let moe = l.used > 0;
+        let parts = if mla { Parts::absorbed(heads, false) } else { Parts::GROUPED };
         let size = |a: Area| match a {
             Area::Input => {
                 let (f16, bf16) = split(l.f16_in, l.bf16_in);
@@ -128,7 +129,7 @@ impl Sizes {
             }
             Area::Absorbed | Area::Latents => latents,
             Area::HeadIds if mla => rows(4 * heads),
-            Area::Parts => rows(4 * l.slots.div_ceil(SPLIT) * (l.max_heads_out + 2 * heads)),
+            Area::Parts => rows(4 * parts.limit(l.slots) * (l.max_heads_out + 2 * heads)),
             Area::Ids | Area::Slots | Area::OtherSlots => 4 * tokens,
             Area::Lists | Area::OtherLists => 4 * tokens + 12 * l.slots + SPANS,
             Area::Shared | Area::HeadIds => 0,

@@ -4,6 +4,7 @@ use crate::gpu;
 use engine::{Devices, EngineError, LoadOptions, Model, Session, SessionOptions};
 use kernels::Device;
 use quant::DType;
+use ref_tests::gpu::Interpreted;
 use ref_tests::{compare, fixture, read_npy, read_tokens};
 use std::sync::Arc;
 
@@ -66,18 +67,34 @@ fn quantised_models_are_the_cpus() {
         ("quantised/q-deepseek2-q4_k_m", DType::F16),
         ("quantised/q-deepseek2-mxfp4", DType::Q8_0),
     ] {
-        let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..6];
-        let run = |device: Option<&Device>| {
-            let mut session =
-                Session::new(&load(name, device.cloned().map(Into::into)), &options(8, 1, cache))
-                    .expect("a session");
-            let rows = tokens.iter().map(|t| session.eval(&[*t]).expect("evaluation").to_vec());
-            rows.collect::<Vec<_>>().concat()
-        };
-        let want = run(None);
-        let d = compare(&want, &run(Some(&gpu())), want.len() / tokens.len());
-        println!("{name}: {d:?}");
-        assert!(d.max_kl <= 1e-5 && d.top1 == 1.0, "{name}: {d:?}");
+        one_by_one(name, cache, &gpu());
+    }
+}
+
+fn one_by_one(name: &str, cache: DType, device: &Device) {
+    let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..6];
+    let run = |device: Option<&Device>| {
+        let mut session = Session::new(&load(name, device.cloned().map(Into::into)), &options(8, 1, cache))
+            .expect("a session");
+        let rows = tokens.iter().map(|t| session.eval(&[*t]).expect("evaluation").to_vec());
+        rows.collect::<Vec<_>>().concat()
+    };
+    let want = run(None);
+    let d = compare(&want, &run(Some(device)), want.len() / tokens.len());
+    println!("{name}: {d:?}");
+    assert!(d.max_kl <= 1e-5 && d.top1 == 1.0, "{name}: {d:?}");
+}
+
+/// MLA over f16 caches on tensor cores, with the shared memory of either kind of GPU that has its own kernels.
+#[test]
+fn newer_gpus_compute_mla_on_tensor_cores() {
+    for capability in [(8, 9), (9, 0)] {
+        let dev = Interpreted::like(capability, 1 << 30).device().expect("the kernels load");
+        one_by_one("quantised/q-deepseek2-q4_k_m", DType::F16, &dev);
+        for kv in ["sinks:2+window:6", "h2o:budget=8,positions=compact"] {
+            forgetting("deepseek2-v2-lite", kv, DType::F16, &dev);
+        }
+        same_in_batches("deepseek2-v3", &dev);
     }
 }
 
@@ -85,13 +102,16 @@ fn quantised_models_are_the_cpus() {
 #[test]
 fn batches_do_not_change_a_bit() {
     for name in ["llama3", "deepseek2-v3"] {
-        let dev = gpu();
-        let whole = logits(name, Some(&dev), 10, 10, DType::F16);
-        for batch in [1, 3] {
-            let other = logits(name, Some(&dev), 10, batch, DType::F16);
-            let differs = whole.iter().zip(&other).position(|(a, b)| a.to_bits() != b.to_bits());
-            assert_eq!(differs, None, "{name}: batches of {batch}");
-        }
+        same_in_batches(name, &gpu());
+    }
+}
+
+fn same_in_batches(name: &str, dev: &Device) {
+    let whole = logits(name, Some(dev), 10, 10, DType::F16);
+    for batch in [1, 3] {
+        let other = logits(name, Some(dev), 10, batch, DType::F16);
+        let differs = whole.iter().zip(&other).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differs, None, "{name}: batches of {batch}");
     }
 }
 
@@ -105,20 +125,21 @@ fn caches_that_forget_are_the_cpus() {
         ("deepseek2-v2-lite", "h2o:budget=8,positions=compact"),
         ("qwen3", "snapkv:budget=8"),
     ] {
-        let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..16];
-        let run = |device: Option<&Device>| {
-            let kv = kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"));
-            let o = SessionOptions { kv, ..options(64, 4, DType::F32) };
-            eval(
-                &mut Session::new(&load(name, device.cloned().map(Into::into)), &o).expect("a session"),
-                tokens,
-            )
-        };
-        let (want, got) = (run(None), run(Some(&gpu())));
-        let d = compare(&want, &got, want.len() / tokens.len());
-        println!("{name}, {kv}: {d:?}");
-        assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}, {kv}: {d:?}");
+        forgetting(name, kv, DType::F32, &gpu());
     }
+}
+
+fn forgetting(name: &str, kv: &str, cache: DType, device: &Device) {
+    let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..16];
+    let run = |device: Option<&Device>| {
+        let kv = kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"));
+        let o = SessionOptions { kv, ..options(64, 4, cache) };
+        eval(&mut Session::new(&load(name, device.cloned().map(Into::into)), &o).expect("a session"), tokens)
+    };
+    let (want, got) = (run(None), run(Some(device)));
+    let d = compare(&want, &got, want.len() / tokens.len());
+    println!("{name}, {kv}: {d:?}");
+    assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}, {kv}: {d:?}");
 }
 
 /// A saved sequence goes on with the same bits, on the GPU as on the CPU that read its file.

@@ -7,10 +7,16 @@ use kernels::cpu::isa::Isa;
 use kernels::testing::{Fill, Rng, weights};
 use kernels::*;
 use quant::{DType, FORMATS};
+use ref_tests::gpu::Interpreted;
 
 /// Results on the CPU and on the GPU of the same calls.
 fn both(what: &str, bar: f32, run: impl Fn(&Device) -> Vec<f32>) {
-    let (want, got) = (run(&Device::new(CpuBackend::new(1))), run(&gpu()));
+    on(&gpu(), what, bar, run);
+}
+
+/// The same on a GPU of the caller's.
+fn on(gpu: &Device, what: &str, bar: f32, run: impl Fn(&Device) -> Vec<f32>) {
+    let (want, got) = (run(&Device::new(CpuBackend::new(1))), run(gpu));
     assert_eq!(want.len(), got.len(), "{what}");
     let bar = if bar == 0.0 && !Isa::current().name().starts_with("avx") { 1e-5 } else { bar };
     let size = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -270,7 +276,7 @@ fn mla_with_both_forms_of_weights() {
             (false, DType::Q8_0, 2e-2),
             (true, DType::Q5_0, 2e-2),
         ] {
-            both(&format!("mla over {dtype} and {second}, weights {kind}, joint {joint}"), bar, |dev| {
+            let run = |dev: &Device| {
                 let width = heads * (nope + rope);
                 let (q, q_sink) = q.split_at(rows * width);
                 let (q, q_sink) = (buf(dev, q, width), buf(dev, q_sink, width));
@@ -295,7 +301,13 @@ fn mla_with_both_forms_of_weights() {
                     all_of.extend(all(dev, &mass));
                 }
                 all_of
-            });
+            };
+            let what = format!("mla over {dtype} and {second}, weights {kind}, joint {joint}");
+            both(&what, bar, run);
+            if dtype == DType::F16 {
+                let newer = Interpreted::like((9, 0), 1 << 30).device().unwrap();
+                on(&newer, &format!("{what}, tensor cores"), bar, run);
+            }
         }
     }
 }

@@ -140,7 +140,8 @@ fn merge(
 ) -> Vec<f32> {
     let splits = lists.2.div_ceil(SPLIT);
     let out = g.room(rows * heads * value);
-    let params = [p(parts), n(splits), n(value), p(lists.0), p(lists.1), n(SPLIT), p(out), n(heads * value)];
+    let params =
+        [p(parts), n(splits), n(value), p(lists.0), p(lists.1), n(SPLIT), n(0), p(out), n(heads * value)];
     g.run("merge", [heads, rows], 128, &params);
     g.read(out, rows * heads * value)
 }
@@ -303,6 +304,7 @@ fn mla_shares_the_latent_among_all_heads() {
                 p(l.0),
                 p(l.1),
                 n(SPLIT),
+                n(0),
                 p(parts),
             ];
             let grid = [splits, heads.div_ceil(8), rows];

@@ -4,6 +4,7 @@
 mod attention;
 mod matmul;
 mod matvec;
+mod mla;
 mod prompt;
 mod prompt_half;
 mod router;

@@ -1,6 +1,6 @@
 // Attention of single queries over a cache (decoding): grouped heads, and MLA in its absorbed form; one type of each cache a compilation (FORMAT, SECOND).
 //
-// A row's list of entries is cut into parts of fixed length; a block takes one part for up to eight heads that share keys, tile by
+// A row's list of entries is cut into parts whose length the list's decides; a block takes one part for up to eight heads that share keys, tile by
 // tile: keys to shared memory once for all heads, scores, a running softmax, values once for all heads. `merge` adds the parts in
 // order. What a row gets depends on its own list alone: not on other rows, nor on the slots that its entries lie in.
 #include "cached.cuh"
@@ -125,12 +125,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(
 // rows of latent + rope + 1 floats. Its sums are over latents: the values' up-projection follows `merge`.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_mla(
     const float* q_latent, const float* q, const float* q_sink, u32 q_stride, const u8* latents, u64 latent_row, const u8* k_pe,
-    u64 k_pe_row, u32 heads, u32 latent, u32 nope, u32 rope, float scale, const Span* spans, const u32* ends, u32 split, float* parts) {
-    const u32 head = blockIdx.y * HEADS, row = blockIdx.z, from = blockIdx.x * split;
+    u64 k_pe_row, u32 heads, u32 latent, u32 nope, u32 rope, float scale, const Span* spans, const u32* ends, u32 split, u32 most,
+    float* parts) {
+    const u32 head = blockIdx.y * HEADS, row = blockIdx.z;
     u32 list;
-    const u32 n = seen(spans, ends, row, list);
+    const u32 n = seen(spans, ends, row, list), each = part_len(n, split, most), from = blockIdx.x * each;
     if (from >= n) return;
-    const u32 to = n - from < split ? n : from + split, count = heads - head < HEADS ? heads - head : HEADS;
+    const u32 to = n - from < each ? n : from + each, count = heads - head < HEADS ? heads - head : HEADS;
     const Cache c = {latents, latent_row, latent};
     const Other none = {0, 0, 0}, pe = {k_pe, k_pe_row, rope};
     const u64 part = latent + 2, at = (u64)row * q_stride + head * (nope + rope) + nope;
@@ -142,10 +143,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_mla(
 
 // out[row][head] = the parts put together, in order. The grid: (heads, rows), 128 threads.
 extern "C" __global__ void __launch_bounds__(THREADS) merge(
-    const float* parts, u32 splits, u32 value, const Span* spans, const u32* ends, u32 split, float* out, u32 out_stride) {
+    const float* parts, u32 splits, u32 value, const Span* spans, const u32* ends, u32 split, u32 most, float* out, u32 out_stride) {
     const u32 head = blockIdx.x, row = blockIdx.y;
     u32 list;
-    const u32 n = (seen(spans, ends, row, list) + split - 1) / split;
+    const u32 n = part_count(seen(spans, ends, row, list), split, most);
     const u64 part = value + 2;
     parts += ((u64)row * gridDim.x + head) * splits * part;
     float max = parts[0];

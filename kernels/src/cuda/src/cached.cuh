@@ -58,3 +58,14 @@ __device__ __forceinline__ u32 seen(const Span* spans, const u32* ends, u32 row,
     for (u32 i = first; i < ends[row]; i++) n += spans[i].len;
     return n;
 }
+
+// Entries of a part of a list of n > 0: `split`, or more where that would make more than `most` parts (0: any number).
+__device__ __forceinline__ u32 part_len(u32 n, u32 split, u32 most) {
+    const u32 each = most ? ((n - 1) / most + 32) / 32 * 32 : 0;
+    return each > split ? each : split;
+}
+
+__device__ __forceinline__ u32 part_count(u32 n, u32 split, u32 most) {
+    const u32 each = part_len(n, split, most);
+    return (n + each - 1) / each;
+}

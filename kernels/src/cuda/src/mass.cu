@@ -8,10 +8,10 @@
 // as in `attend`; with a second part of keys (b.width > 0) as in `attend_mla`, where g is 0. parts: the row's, [heads][splits][part].
 __device__ __forceinline__ void add_mass(
     const Cache& a, u32 a_col, u32 a_len, const Other& b, const float* q_a, u32 q_a_head, const float* q_b, u32 q_b_head,
-    const float* q_sink, u32 heads, float scale, const Span* spans, u32 n, u32 split, const float* parts, u32 splits, u64 part,
+    const float* q_sink, u32 heads, float scale, const Span* spans, u32 n, u32 used, const float* parts, u32 splits, u64 part,
     float* mass) {
     extern __shared__ float head[];  // [heads]: largest score, then sum
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, used = (n + split - 1) / split;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     for (u32 h = threadIdx.x; h < heads; h += WARPS * WARP) {
         const float* p = parts + (u64)h * splits * part;
         float max = p[0], sum = 0.0f;
@@ -51,15 +51,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) mass(
     const Other none = {0, 0, 0};
     const u64 part = value_dim + 2, at = (u64)row * q_stride + g * group * key_dim;
     add_mass(
-        keys, g * key_dim, key_dim, none, q + at, key_dim, 0, 0, q_sink ? q_sink + at : 0, group, scale, spans + list, n, split,
-        parts + ((u64)row * kv_heads + g) * group * splits * part, splits, part, mass + (u64)g * mass_stride);
+        keys, g * key_dim, key_dim, none, q + at, key_dim, 0, 0, q_sink ? q_sink + at : 0, group, scale, spans + list, n,
+        part_count(n, split, 0), parts + ((u64)row * kv_heads + g) * group * splits * part, splits, part, mass + (u64)g * mass_stride);
 }
 
 // Of row `row` of absorbed MLA. The grid: (any number), 128 threads, shared memory for 2 * heads floats.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP) mass_mla(
     const float* q_latent, const float* q, const float* q_sink, u32 q_stride, const u8* latents, u64 latent_row, const u8* k_pe,
     u64 k_pe_row, u32 heads, u32 latent, u32 nope, u32 rope, float scale, const Span* spans, const u32* ends, u32 row, u32 split,
-    const float* parts, u32 splits, float* mass) {
+    u32 most, const float* parts, u32 splits, float* mass) {
     u32 list;
     const u32 n = seen(spans, ends, row, list);
     const Cache c = {latents, latent_row, latent};
@@ -67,5 +67,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) mass_mla(
     const u64 part = latent + 2, at = (u64)row * q_stride + nope;
     add_mass(
         c, 0, latent, pe, q_latent + (u64)row * heads * latent, latent, q + at, nope + rope, q_sink ? q_sink + at : 0, heads, scale,
-        spans + list, n, split, parts + (u64)row * heads * splits * part, splits, part, mass);
+        spans + list, n, part_count(n, split, most), parts + (u64)row * heads * splits * part, splits, part, mass);
 }
