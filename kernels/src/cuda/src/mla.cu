@@ -35,7 +35,7 @@ struct Cursor {
     }
 };
 
-// The queries of 32 heads and less: as CUDA C++ has them, so that a kernel is one line.
+// The queries of a block's heads, of which the last block may have fewer.
 struct Queries {
     const float* latent; // [heads][latent]
     const float* pe;     // [heads], `pe_head` apart
