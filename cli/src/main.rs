@@ -7,7 +7,6 @@ mod args;
 mod chat;
 mod cmd;
 mod demo;
-mod gpus;
 mod http;
 mod memory;
 mod model;

@@ -2,48 +2,8 @@
 
 mod common;
 use common::server::Server;
-use common::{error, rsinfer, run};
+use common::{driver, error, rsinfer, run, with_driver, without_driver};
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::Output;
-
-/// A folder whose libcuda is none: no machine that the tests run on has a usable driver then.
-fn without_driver() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().expect("a folder");
-    for name in ["libcuda.so.1", "nvcuda.dll"] {
-        std::fs::write(folder.path().join(name), "no library").expect("a file");
-    }
-    folder
-}
-
-/// The program with the interpreter in the place of NVIDIA's driver; `fault` is what it is asked to do wrong. `None` where the stand-in
-/// was not built (it is an example of `rsinfer-kernels`, which `cargo test --workspace` builds).
-fn with_driver(fault: &str, args: &[&str]) -> Option<Output> {
-    let folder = driver()?;
-    let mut c = rsinfer();
-    c.args(args).env("LD_LIBRARY_PATH", folder.path()).env("RSINFER_TEST_DRIVER", fault);
-    Some(c.output().expect("the binary runs"))
-}
-
-/// The stand-in, in a folder under the name of NVIDIA's library.
-fn driver() -> Option<tempfile::TempDir> {
-    let built = Path::new(env!("CARGO_BIN_EXE_rsinfer")).with_file_name("examples");
-    let library = built.join("libinterpreted_driver.so");
-    if !library.exists() {
-        assert!(
-            std::env::var_os("CI").is_none() || !cfg!(target_os = "linux"),
-            "{} is missing",
-            library.display()
-        );
-        eprintln!(
-            "skipped: cargo build -p rsinfer-kernels --example interpreted_driver makes what this needs"
-        );
-        return None;
-    }
-    let folder = tempfile::tempdir().expect("a folder");
-    std::fs::copy(library, folder.path().join("libcuda.so.1")).expect("a copy");
-    Some(folder)
-}
 
 const RUN: [&str; 11] =
     ["run", "demo", "--raw", "-p", "Once upon", "-n", "5", "--temp", "0", "--device", "cuda:0"];

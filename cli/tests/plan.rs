@@ -1,7 +1,7 @@
 //! `plan`, and plans before a run.
 
 mod common;
-use common::{error, rsinfer, run, stdout};
+use common::{error, rsinfer, run, stdout, with_driver, without_driver};
 use serde_json::Value;
 use std::process::Stdio;
 use std::time::Duration;
@@ -93,34 +93,21 @@ fn a_run_that_does_not_fit_ends_before_loading() {
     assert!(error(&["plan", "demo", "--gpu", "1GiB", "-ot", "ffn_up=CPU"]).contains("-ot moves"));
 }
 
-/// A stand-in for `nvidia-smi`; CUDA_VISIBLE_DEVICES chooses among what it tells.
+/// The driver's, here a stand-in with one of 4 GiB, less what is left to the driver; without one, what to do instead.
 #[test]
-#[cfg(unix)]
 fn gpus_of_this_machine() {
-    use std::os::unix::fs::PermissionsExt;
-    let folder = tempfile::tempdir().unwrap();
-    let program = folder.path().join("nvidia-smi");
-    let says = "GPU-a1, 4000, Enabled\nGPU-b2, 8000, Disabled\nGPU-c3, 6000, Disabled";
-    std::fs::write(&program, format!("#!/bin/sh\necho '{says}'\n")).unwrap();
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap_or_default());
-    let sizes = |visible: Option<&str>| -> Vec<u64> {
-        let mut c = rsinfer();
-        c.args(["plan", "demo", "--json", "--memory", "1GiB", "--gpu", "auto"]).env("PATH", &path);
-        match visible {
-            Some(v) => c.env("CUDA_VISIBLE_DEVICES", v),
-            None => c.env_remove("CUDA_VISIBLE_DEVICES"),
-        };
-        let p: Value = serde_json::from_slice(&c.output().unwrap().stdout).unwrap();
-        let gpus = &p["devices"].as_array().unwrap()[1..];
-        assert!(gpus.iter().all(|g| bytes(g, "size_bytes") != 4000 << 20 || bytes(g, "resident_bytes") == 0));
-        gpus.iter().map(|g| bytes(g, "size_bytes") >> 20).collect()
-    };
-    assert_eq!(sizes(None), [4000, 8000, 6000]);
-    assert_eq!(sizes(Some("2,GPU-b")), [6000, 8000]);
-    assert_eq!(sizes(Some("")), [] as [u64; 0]);
-    let o = rsinfer().args(["plan", "demo", "--gpu", "auto"]).env("PATH", "/nowhere").output().unwrap();
-    assert!(!o.status.success() && String::from_utf8_lossy(&o.stderr).contains("--gpu 24GiB"));
+    let auto = ["plan", "demo", "--json", "--memory", "1GiB", "--gpu", "auto"];
+    let folder = without_driver();
+    let o = rsinfer().args(auto).env("LD_LIBRARY_PATH", folder.path()).output().expect("the binary runs");
+    let text = String::from_utf8_lossy(&o.stderr);
+    assert!(
+        !o.status.success() && text.contains("no NVIDIA driver") && text.contains("--gpu 24GiB"),
+        "{text}"
+    );
+    let Some(o) = with_driver("", &auto) else { return };
+    let p: Value = serde_json::from_slice(&o.stdout).expect("JSON");
+    let gpus = &p["devices"].as_array().expect("devices")[1..];
+    assert_eq!(gpus.iter().map(|g| bytes(g, "size_bytes")).collect::<Vec<_>>(), [(4 << 30) - (512 << 20)]);
 }
 
 /// The most anonymous memory that a command held.

@@ -115,6 +115,15 @@ impl DeviceChoice {
     }
 }
 
+/// The GPUs that the driver shows, in its order, with what plans may use of each.
+///
+/// # Errors
+/// No driver, or one too old.
+pub fn gpus() -> Result<Vec<Gpu>, EngineError> {
+    cuda::devices().map_err(KernelError::from)?;
+    Ok(DeviceChoice::Auto.look()?.machine())
+}
+
 impl Gpus {
     /// Plans a run on them and `memory` bytes of the host. With GPUs named and rules that leave it open the model must fit them whole;
     /// `auto` takes one GPU if that holds it, else all that serve no display together. Also what `auto` came to, for people.

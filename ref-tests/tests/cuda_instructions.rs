@@ -15,11 +15,17 @@ use ptx::{Param, PtxError};
 use ref_tests::mirror::{Machine, Text};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+/// A case's number, and its instructions but for those that every case has.
+fn name(text: &str) -> String {
+    static CASES: AtomicUsize = AtomicUsize::new(0);
+    let inner = text.split_once("%tid.x;\n").map_or(text, |t| t.1);
+    let inner = inner.split("mul.wide.u32 %rd15").next().unwrap_or(inner).replace('\n', " ");
+    format!("case {}: {}", CASES.fetch_add(1, Relaxed), inner.trim())
+}
+
 /// As the interpreter's own.
 pub(crate) fn launch(text: &str, threads: u32, out: usize, memory: &[u8]) -> Result<Vec<u8>, PtxError> {
-    static CASES: AtomicUsize = AtomicUsize::new(0);
-    let name = format!("case_{}", CASES.fetch_add(1, Relaxed));
-    let module = Text::own(&name, text.to_owned())?;
+    let module = Text::own(&name(text), text.to_owned())?;
     // In which order threads come to one address is the hardware's.
     let ordered = threads == 1 || !text.contains("atom.global");
     let mut m = if ordered { Machine::new() } else { Machine::alone() };

@@ -1,7 +1,7 @@
 //! The committed PTX is what its MANIFEST says, and so are the sources it was compiled from. Compiling them again needs Python and
 //! the pinned compiler (`kernels/src/cuda/build.py --check`); this does not.
 
-use kernels::cuda::modules::{MANIFEST, MODULES, text_for};
+use kernels::cuda::modules::{MANIFEST, all, text_for};
 use ref_tests::root;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -27,7 +27,7 @@ fn sources_and_ptx_have_the_hashes_of_the_manifest() {
                 sources.insert(name.to_owned());
             }
             ["ptx", hash, name, source, _, _] => {
-                let module = MODULES.iter().find(|m| format!("{}.ptx", m.name) == name);
+                let module = all().find(|m| format!("{}.ptx", m.name) == name);
                 let module = module.unwrap_or_else(|| panic!("{name} is missing in modules.rs"));
                 assert_eq!(sha(module.text.as_bytes()), hash, "{name} was changed by hand");
                 assert!(sources.contains(source), "{name} is made of {source}");
@@ -38,13 +38,13 @@ fn sources_and_ptx_have_the_hashes_of_the_manifest() {
     }
     assert_eq!(sources, names("src"));
     assert_eq!(texts, names("ptx"));
-    assert_eq!(texts.len(), MODULES.len());
+    assert_eq!(texts.len(), all().len());
 }
 
 /// The lowest that does the job: `.version` decides which drivers take the text, `.target` which GPUs.
 #[test]
 fn versions_and_targets_are_the_lowest() {
-    for m in MODULES {
+    for m in all() {
         let module = ptx::Module::parse(m.text).unwrap_or_else(|e| panic!("{}: {e}", m.name));
         let target = format!("sm_{}", m.target());
         assert_eq!((module.version.as_str(), module.target.as_str()), ("8.1", target.as_str()), "{}", m.name);
@@ -59,7 +59,7 @@ const NEWER_ALONE: [&str; 5] =
 /// A module's newer text is taken by newer GPUs alone, and replaces one that all take.
 #[test]
 fn every_gpu_has_a_text_of_every_module() {
-    for m in MODULES {
+    for m in all() {
         let base = m.name.strip_suffix("_sm80").unwrap_or(m.name);
         assert_eq!(text_for(base, 75).is_none(), NEWER_ALONE.contains(&base), "{base}");
         for sm in [75, 80, 90, 120].into_iter().filter(|sm| *sm > 75 || !NEWER_ALONE.contains(&base)) {
@@ -74,7 +74,7 @@ fn every_gpu_has_a_text_of_every_module() {
 #[test]
 fn resources_are_recorded_and_nothing_spills() {
     let table = std::fs::read_to_string(root().join("kernels/src/cuda/RESOURCES.md")).unwrap();
-    for m in MODULES {
+    for m in all() {
         for k in ptx::Module::parse(m.text).unwrap().kernels() {
             let row = format!("| {} | {} |", m.name, k.name());
             let row = table.lines().find(|l| l.starts_with(&row));

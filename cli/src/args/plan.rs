@@ -2,7 +2,7 @@
 
 use super::shared::{BatchArg, CacheArgs, LoadArgs, ModelArgs, size};
 use crate::cmd::plan::Config;
-use crate::gpus;
+use anyhow::anyhow;
 use clap::Args;
 use engine::DType;
 use engine::plan::Gpu;
@@ -59,7 +59,10 @@ impl PlanArgs {
         let mut gpus = Vec::new();
         for g in self.gpu {
             match g {
-                GpuArg::Auto => gpus.extend(gpus::here()?),
+                GpuArg::Auto => {
+                    let here = engine::device::gpus();
+                    gpus.extend(here.map_err(|e| anyhow!("--gpu auto: {e}; or give sizes (--gpu 24GiB)"))?);
+                }
                 GpuArg::Given(g) => gpus.push(g),
             }
         }

@@ -1,6 +1,8 @@
 //! The kernels that ship, as PTX texts. `build.py` makes them of src/*.cu; ref-tests runs every one of them.
 
+use miniz_oxide::inflate::decompress_to_vec;
 use quant::DType;
+use std::sync::OnceLock;
 
 /// The committed PTX of a module.
 pub struct Ptx {
@@ -22,11 +24,9 @@ const NEWER: &str = "_sm80";
 
 macro_rules! modules {
     ($($name:ident)*) => {
-        /// Every module.
-        pub const MODULES: &[Ptx] = &[$(Ptx {
-            name: stringify!($name),
-            text: include_str!(concat!("ptx/", stringify!($name), ".ptx")),
-        }),*];
+        /// Names, and texts as build.rs packed them.
+        const PACKED: &[(&str, &[u8])] =
+            &[$((stringify!($name), include_bytes!(concat!(env!("OUT_DIR"), "/", stringify!($name), ".z")))),*];
     };
 }
 
@@ -49,14 +49,29 @@ modules! {
     cache round router rows
 }
 
+/// Unpacked when it is first asked for, and kept.
+fn unpacked(i: usize) -> &'static Ptx {
+    static TEXTS: [OnceLock<Ptx>; PACKED.len()] = [const { OnceLock::new() }; PACKED.len()];
+    TEXTS[i].get_or_init(|| {
+        let (name, packed) = PACKED[i];
+        let bytes = decompress_to_vec(packed).expect("build.rs packed it");
+        Ptx { name, text: String::from_utf8(bytes).expect("PTX is ASCII").leak() }
+    })
+}
+
+/// Every module, unpacked.
+pub fn all() -> impl ExactSizeIterator<Item = &'static Ptx> {
+    (0..PACKED.len()).map(unpacked)
+}
+
 /// The module of this name.
 pub fn module(name: &str) -> Option<&'static Ptx> {
-    MODULES.iter().find(|m| m.name == name)
+    PACKED.iter().position(|m| m.0 == name).map(unpacked)
 }
 
 /// The text of this module for a GPU of compute capability `sm` (75, 80, ...): the newest that it takes.
 pub fn text_for(name: &str, sm: u32) -> Option<&'static Ptx> {
-    let newer = MODULES.iter().find(|m| m.name.strip_suffix(NEWER) == Some(name));
+    let newer = PACKED.iter().position(|m| m.0.strip_suffix(NEWER) == Some(name)).map(unpacked);
     newer.filter(|m| m.target() <= sm).or_else(|| module(name))
 }
 

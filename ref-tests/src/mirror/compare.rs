@@ -85,7 +85,7 @@ pub fn difference(expected: &[u8], found: &[u8], bar: Option<f32>, pattern: u8) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::cuda::modules::MODULES;
+    use kernels::cuda::modules::module;
 
     fn bytes(x: &[f32]) -> Vec<u8> {
         x.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -109,7 +109,7 @@ mod tests {
     /// Products on int8 are exact, and so is whatever has no `mma`.
     #[test]
     fn only_mma_on_floats_has_a_bar() {
-        let named = |name: &str| MODULES.iter().find(|m| m.name == name).expect("it ships");
+        let named = |name: &str| module(name).expect("it ships");
         assert_eq!(bar(named("matmul_q4_k"), "matmul"), None);
         assert_eq!(bar(named("matvec_f16"), "matvec_1"), None);
         let text = ".visible .entry a()\n{\nadd.rn.f32\n}\n.visible .entry b()\n{\n\

@@ -7,12 +7,15 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock};
 
+type Kernels = HashMap<(&'static str, String), Result<KernelId, GpuError>>;
+
 /// See the module.
 pub struct Device {
     pub(super) gpu: Box<dyn Gpu>,
     /// As in 75 for 7.5.
     capability: u32,
-    kernels: Mutex<HashMap<String, Result<KernelId, GpuError>>>,
+    /// By module, loaded when it is first asked for, and entry.
+    kernels: Mutex<Kernels>,
     launches: AtomicUsize,
     /// Launches by number and kernels by name that are not run: they have lost a GPU before.
     skipped: Vec<String>,
@@ -87,13 +90,14 @@ impl Device {
         digits.parse().is_ok_and(|sm: u32| sm <= self.capability)
     }
 
-    fn kernel(&self, ptx: &'static Ptx, entry: &str) -> Result<KernelId, GpuError> {
+    /// A kernel; its module is compiled when it is first asked for, which takes seconds.
+    pub(super) fn kernel(&self, ptx: &'static Ptx, entry: &str) -> Result<KernelId, GpuError> {
         let mut known = self.kernels.lock().unwrap_or_else(|e| e.into_inner());
-        let name = format!("{}.{entry}", ptx.name);
+        let name = (ptx.name, entry.to_owned());
         if let Some(k) = known.get(&name) {
             return k.clone();
         }
-        let loaded = known.keys().any(|k| k.split('.').next() == Some(ptx.name));
+        let loaded = known.keys().any(|k| k.0 == ptx.name);
         let load = if loaded { Ok(()) } else { self.gpu.load(ptx) };
         let found = load.and_then(|()| self.gpu.kernel(ptx.name, entry));
         known.insert(name, found.clone());
@@ -101,14 +105,7 @@ impl Device {
     }
 
     /// Runs a kernel to its end.
-    pub(super) fn run(
-        &self,
-        ptx: &'static Ptx,
-        entry: &str,
-        launch: Launch,
-        args: &[Arg],
-    ) -> Result<(), GpuError> {
-        let kernel = self.kernel(ptx, entry)?;
+    pub(super) fn run(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
         self.gpu.launch(kernel, launch, args)?;
         self.gpu.synchronize()
     }

@@ -7,7 +7,7 @@ mod device;
 mod report;
 
 use compare::{bar, difference};
-use kernels::cuda::modules::{MODULES, Ptx};
+use kernels::cuda::modules::{self, Ptx};
 use kernels::cuda::{Arg, GpuError, Launch};
 use ptx::{Module, Param, PtxError, Stats};
 use std::collections::BTreeMap;
@@ -26,7 +26,8 @@ impl Text {
     /// # Errors
     /// What the interpreter does not understand.
     pub fn new(text: &str) -> Result<Self, PtxError> {
-        Ok(Self { module: Module::parse(text)?, ptx: MODULES.iter().find(|m| m.text == text) })
+        let ptx = device().and_then(|_| modules::all().find(|m| m.text == text));
+        Ok(Self { module: Module::parse(text)?, ptx })
     }
 
     /// Whether there is such a kernel.
@@ -170,7 +171,7 @@ impl Machine {
         let n = device.count();
         let name = format!("{}.{entry}", ptx.name);
         let spared = [
-            (device.skips(n, &name), "it lost the GPU before"),
+            (device.skips(n, &name), "it lost the GPU before, or did not end"),
             (!device.takes(ptx), "the GPU is too old for this text"),
             (block[1..] != [1, 1], "its blocks have several dimensions"),
         ];
@@ -181,9 +182,10 @@ impl Machine {
         }
         let launch = Launch { grid, threads: block[0], shared: shared as u32 };
         let args: Vec<String> = params.iter().map(|p| twin.say(*p)).collect();
+        let kernel = device.kernel(ptx, entry);
         report::launch(n, &name, launch, &args);
         let at: Vec<Arg> = params.iter().map(|p| twin.arg(*p)).collect();
-        match device.run(ptx, entry, launch, &at) {
+        match kernel.and_then(|k| device.run(k, launch, &at)) {
             Ok(()) => {
                 report::ended(n);
                 self.compare(n, &before, bar);
