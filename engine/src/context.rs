@@ -213,14 +213,32 @@ impl Context {
     /// Appends the logits `[rows.len(), vocab]` of the given rows of the last pass to `out`.
     pub fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
         self.check_rows(rows)?;
-        self.runner.logits(rows, out)?;
+        self.runner.output().logits(rows, out)?;
         Ok(self.model.file().check()?)
+    }
+
+    /// Appends the `k` best logits of each of the given rows of the last pass, ids and values, best first. False, and `out` is as it was: they
+    /// are to be read whole, since they lie on the host anyway or since some are not finite.
+    ///
+    /// # Errors
+    /// As [`Context::logits`]; `k` beyond the vocabulary or [`kernels::MOST_BEST`].
+    pub fn best(&mut self, rows: &[u32], k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool, EngineError> {
+        self.check_rows(rows)?;
+        let before = out.len();
+        let read = self.runner.output().best(rows, k, out)?;
+        self.model.file().check()?;
+        // A row's first is its largest, and NaN above all.
+        let finite = out[before..].chunks(k.max(1)).all(|row| row[0].1 < f32::INFINITY);
+        if !finite {
+            out.truncate(before);
+        }
+        Ok(read && finite)
     }
 
     /// Appends the states `[rows.len(), d_model]` behind the last norm of the given rows of the last pass to `out`.
     pub fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
         self.check_rows(rows)?;
-        self.runner.states(rows, out)?;
+        self.runner.output().states(rows, out)?;
         Ok(self.model.file().check()?)
     }
 

@@ -31,7 +31,7 @@ pub use kernels::cpu::machine::read_bandwidth;
 pub use kv::{Arena, ArenaOptions, CacheTypes, KvSpec, Rows, SeqId};
 pub use numa::Numa;
 pub use quant::DType;
-pub use sample::{Constraint, SampleError, Sampler, SamplerOptions};
+pub use sample::{Constraint, Logits, SampleError, Sampler, SamplerOptions};
 pub use session::*;
 pub use stages::{Devices, Layout, Spot};
 pub use usage::{MemoryReport, Usage};

@@ -21,7 +21,7 @@ use crate::gguf::{File, OpenMode, Progress};
 use crate::kv::{CacheTypes, KvSpec, Rows, SeqId, Watcher};
 use crate::model::{self, Network};
 use crate::pager::{Pager, PagerOptions};
-use crate::sample::{Constraint, Sampler};
+use crate::sample::{Constraint, Logits, Sampler};
 use crate::stages::Devices;
 use crate::text::{ChatTemplate, Scanned, StopScanner, StreamDecoder, Vocab};
 use crate::usage::{MemoryReport, Usage};
@@ -337,6 +337,8 @@ pub struct Session {
     context: Context,
     seq: SeqId,
     logits: Vec<f32>,
+    /// The best of them, where a sampler asked for no more; else empty.
+    best: Vec<(u32, f32)>,
 }
 
 impl Session {
@@ -347,7 +349,7 @@ impl Session {
     pub fn new(model: &Arc<Model>, o: &SessionOptions) -> Result<Self, EngineError> {
         let mut context = Context::new(model, o, 1)?;
         let seq = context.cache_mut().admit(0)?;
-        Ok(Self { context, seq, logits: Vec::new() })
+        Ok(Self { context, seq, logits: Vec::new(), best: Vec::new() })
     }
 
     /// The model.
@@ -448,13 +450,18 @@ impl Session {
 
     /// Appends `tokens` (at least one) and returns the logits `[vocab]` after the last of them.
     pub fn eval(&mut self, tokens: &[u32]) -> Result<&mut [f32], EngineError> {
-        self.eval_while(tokens, || true)?;
+        self.eval_while(tokens, None, || true)?;
         Ok(&mut self.logits)
     }
 
-    /// Appends `tokens` batch by batch for as long as `go` says so before each of them, and keeps the logits after the last.
-    /// False if it broke off.
-    fn eval_while(&mut self, tokens: &[u32], mut go: impl FnMut() -> bool) -> Result<bool, EngineError> {
+    /// Appends `tokens` batch by batch for as long as `go` says so before each of them, and keeps the logits after the last, or so many
+    /// of the best. False if it broke off.
+    fn eval_while(
+        &mut self,
+        tokens: &[u32],
+        few: Option<usize>,
+        mut go: impl FnMut() -> bool,
+    ) -> Result<bool, EngineError> {
         self.check(tokens)?;
         let Some(last) = tokens.len().checked_sub(1) else {
             return Err(EngineError::Option("there is no token to evaluate".into()));
@@ -466,9 +473,21 @@ impl Session {
             }
             self.forward(chunk, if last == 0 { 0 } else { tokens.len() })?;
         }
-        self.logits.clear();
-        self.context.logits(&[(last % batch) as u32], &mut self.logits)?;
+        let row = [(last % batch) as u32];
+        self.best.clear();
+        if !few.map_or(Ok(false), |k| self.context.best(&row, k, &mut self.best))? {
+            self.logits.clear();
+            self.context.logits(&row, &mut self.logits)?;
+        }
         Ok(true)
+    }
+
+    /// What was read of the last row of logits.
+    fn row(&mut self) -> Logits<'_> {
+        match &*self.best {
+            [] => Logits::Whole(&mut self.logits),
+            best => Logits::Best { best, n_vocab: self.context.model().info().n_vocab },
+        }
     }
 
     /// Appends `tokens`, giving `each` the logits `[vocab]` after every one of them, in order.
@@ -532,8 +551,12 @@ impl Session {
         }
         let common = self.truncate(common);
         let start = Instant::now();
-        let read = self.eval_while(&prompt[common..], || on_text("").is_continue())?;
         sampler.prime(prompt);
+        let n_vocab = self.model().info().n_vocab;
+        // A constraint looks at all.
+        let all = constraint.is_some();
+        let few = |s: &Sampler| s.few(n_vocab).filter(|_| !all);
+        let read = self.eval_while(&prompt[common..], few(sampler), || on_text("").is_continue())?;
         let mut out = Generated {
             reason: FinishReason::Cancelled,
             prompt_tokens: prompt.len(),
@@ -563,7 +586,7 @@ impl Session {
             if let Some(c) = &mut constraint {
                 c.mask(&mut self.logits)?;
             }
-            let token = sampler.sample(&mut self.logits)?;
+            let token = sampler.choose(self.row())?;
             if model.vocab().is_eog(token) && (!o.ignore_eos || constraint.is_some()) {
                 break FinishReason::Eos;
             }
@@ -584,7 +607,7 @@ impl Session {
             if o.max_tokens.is_some_and(|n| out.tokens.len() >= n) {
                 break FinishReason::Length;
             }
-            self.eval(&[token])?;
+            self.eval_while(&[token], few(sampler), || true)?;
         };
         if let Some(reason) = text.finish(&out.reason, &mut on_text) {
             out.reason = reason;

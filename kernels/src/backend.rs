@@ -9,7 +9,7 @@ use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weigh
 use quant::DType;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// What an operation does with its output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -256,9 +256,7 @@ pub trait Backend: Send + Sync {
     fn scratch_bytes(&self, limits: &Limits) -> usize;
     fn reserve(&self, limits: &Limits) -> Result<(), KernelError>;
     /// A pass over rows of these prompts begins; see [`Device::for_rows`].
-    fn begin(&self, prompts: &[u32]) {
-        let _ = prompts;
-    }
+    fn begin(&self, _prompts: &[u32]) {}
     fn start(&self) -> Result<(), KernelError> {
         Ok(())
     }
@@ -270,6 +268,7 @@ pub trait Backend: Send + Sync {
     }
     fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError>;
     fn read(&self, x: View<'_>, values: &mut [f32]) -> Result<(), KernelError>;
+    fn best(&self, x: View<'_>, k: usize, out: &mut Vec<(u32, f32)>) -> Result<(), KernelError>;
     fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError>;
     fn copy(&self, x: View<'_>, out: ViewMut<'_>) -> Result<(), KernelError>;
     fn embed(&self, table: &Weight, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<(), KernelError>;
@@ -394,7 +393,7 @@ impl Device {
 
     /// Bytes of all activations that [`Device::alloc`] of this handle and its clones has made, freed ones included.
     pub fn allocated(&self) -> usize {
-        self.1.load(Ordering::Relaxed)
+        self.1.load(Relaxed)
     }
 
     /// Refuses operands of another device.
@@ -439,7 +438,7 @@ impl Device {
     /// Activations `[rows, cols]`, zeroed.
     pub fn alloc(&self, rows: usize, cols: usize) -> Result<Buf, KernelError> {
         let buf = self.0.alloc(rows, cols)?;
-        self.1.fetch_add(buf.bytes(), Ordering::Relaxed);
+        self.1.fetch_add(buf.bytes(), Relaxed);
         Ok(buf)
     }
 

@@ -1,6 +1,7 @@
 //! Compute backends of rsinfer. Knows buffers, shapes and numbers; nothing of files, models or tokens.
 
 mod backend;
+mod best;
 mod buf;
 pub mod cpu;
 pub mod cuda;
@@ -13,6 +14,7 @@ pub mod testing;
 mod visible;
 
 pub use backend::*;
+pub use best::MOST_BEST;
 pub use buf::{Buf, KvBuf, Place, Vector, View, ViewMut, Weight};
 pub use host_bytes::HostBytes;
 pub use limits::{Hidden, Limits};

@@ -63,6 +63,8 @@ pub struct Limits {
     pub slots: usize,
     /// Query heads.
     pub heads: usize,
+    /// Columns of what calls ask the best of; 0: none do.
+    pub choices: usize,
     /// Whether calls ask for [`crate::Mass`].
     pub mass: bool,
 }

@@ -78,6 +78,10 @@ impl Backend for Meter {
         refuse()
     }
 
+    fn best(&self, _: View<'_>, _: usize, _: &mut Vec<(u32, f32)>) -> Result<(), KernelError> {
+        refuse()
+    }
+
     fn gather(&self, _: View<'_>, _: &[u32], _: ViewMut<'_>) -> Result<(), KernelError> {
         refuse()
     }

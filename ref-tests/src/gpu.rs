@@ -42,6 +42,8 @@ pub struct Counts {
     pub writes: usize,
     /// How often the host waited.
     pub waits: usize,
+    /// Bytes copied to the host.
+    pub read: usize,
     /// Graphs made.
     pub graphs: usize,
     /// Launches of a graph that were changed.
@@ -58,6 +60,7 @@ impl std::ops::Sub for Counts {
             launches: self.launches - before.launches,
             writes: self.writes - before.writes,
             waits: self.waits - before.waits,
+            read: self.read - before.read,
             graphs: self.graphs - before.graphs,
             changes: self.changes - before.changes,
             runs: self.runs - before.runs,
@@ -316,6 +319,7 @@ impl Gpu for Interpreted {
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         let mut s = self.call()?;
         s.waited();
+        s.counts.read += bytes.len();
         s.tell(Call::Read);
         bytes.copy_from_slice(&s.machine.read(at, bytes.len()).map_err(failed("read"))?);
         Ok(())

@@ -7,7 +7,7 @@ use super::running::{Running, Taken, Ticket, is_exact};
 use super::status::{SlotStatus, Status};
 use super::worker::{Command, Passes, Shared, Sizes, lock, panic_text};
 use engine::schedule::{Admission, Cancelled, Job, Limits, Piece, Scheduler, Start};
-use engine::{EngineError, Model, Rows, SeqId};
+use engine::{EngineError, Logits, Model, Rows, SeqId};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -37,6 +37,8 @@ pub(super) struct Life<'a> {
     slots: Vec<Slot<'a>>,
     pass: Vec<Piece>,
     logits: Vec<f32>,
+    /// Of each row that is wanted the best logits, where nobody asked for more.
+    best: Vec<(u32, f32)>,
 }
 
 #[derive(Default)]
@@ -65,8 +67,8 @@ impl<'a> Life<'a> {
         let slots = (0..sizes.parallel.max(1)).map(|_| Slot::default()).collect();
         let scheduler = Scheduler::new(limits);
         let waiting = HashMap::new();
-        let (pass, logits) = (Vec::new(), Vec::new());
-        Self { model, passes, inbox, shared, scheduler, end, chooses, waiting, slots, pass, logits }
+        let (pass, logits, best) = (Vec::new(), Vec::new(), Vec::new());
+        Self { model, passes, inbox, shared, scheduler, end, chooses, waiting, slots, pass, logits, best }
     }
 
     /// Until all handles are gone (false), or the context cannot be trusted any more (true).
@@ -228,6 +230,8 @@ impl<'a> Life<'a> {
     /// The pass, and the logits that are wanted of it.
     fn compute(&mut self) -> Result<(), EngineError> {
         let (mut rows, mut wanted, mut at) = (Vec::with_capacity(self.pass.len()), Vec::new(), 0);
+        // As many as the one with most asks for; all, where one does.
+        let mut few = Some(1);
         for p in &self.pass {
             let slot = &self.slots[p.slot];
             let tokens = self.scheduler.tokens(p);
@@ -240,12 +244,14 @@ impl<'a> Life<'a> {
             at += tokens.len();
             if p.logits {
                 wanted.push(at as u32 - 1);
+                few = few.zip(slot.running.as_ref().map_or(Some(1), Running::few)).map(|(a, b)| a.max(b));
             }
         }
         let start = Instant::now();
         self.passes.forward(&rows)?;
         self.logits.clear();
-        if !wanted.is_empty() {
+        self.best.clear();
+        if !wanted.is_empty() && !few.map_or(Ok(false), |k| self.passes.best(&wanted, k, &mut self.best))? {
             self.passes.logits(&wanted, &mut self.logits)?;
         }
         metrics::histogram!("rsinfer_pass_seconds").record(start.elapsed());
@@ -281,8 +287,11 @@ impl<'a> Life<'a> {
         self.scheduler.done(&self.pass);
         let n_vocab = self.model.info().n_vocab;
         let pass = std::mem::take(&mut self.pass);
-        let mut all = std::mem::take(&mut self.logits);
-        for (p, logits) in pass.iter().filter(|p| p.logits).zip(all.chunks_exact_mut(n_vocab)) {
+        let (mut all, best) = (std::mem::take(&mut self.logits), std::mem::take(&mut self.best));
+        let rows = pass.iter().filter(|p| p.logits).count().max(1);
+        let whole = all.chunks_exact_mut(n_vocab).map(Logits::Whole);
+        let some = best.chunks_exact((best.len() / rows).max(1)).map(|best| Logits::Best { best, n_vocab });
+        for (p, logits) in pass.iter().filter(|p| p.logits).zip(whole.chain(some)) {
             let Some(r) = &mut self.slots[p.slot].running else { continue };
             let taken = catch_unwind(AssertUnwindSafe(|| r.take(logits)));
             let taken = taken.unwrap_or_else(|e| {
@@ -299,7 +308,7 @@ impl<'a> Life<'a> {
                 Err(f) => self.fail(p.slot, f),
             }
         }
-        (self.pass, self.logits) = (pass, all);
+        (self.pass, self.logits, self.best) = (pass, all, best);
     }
 
     fn end(&mut self, slot: usize, reason: Reason) {

@@ -6,7 +6,7 @@ use engine::Constraint;
 use engine::sample::logprobs;
 use engine::text::thinking::{Part, Splitter};
 use engine::text::{StopScanner, StreamDecoder, Vocab};
-use engine::{Sampler, SamplerOptions};
+use engine::{Logits, Sampler, SamplerOptions};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -93,8 +93,14 @@ impl<'m> Running<'m> {
         })
     }
 
+    /// How many of the best logits choose its next token; `None`: all are needed.
+    pub fn few(&self) -> Option<usize> {
+        let whole = self.constraint.is_some() || self.logprobs.is_some();
+        self.sampler.few(self.vocab.len()).filter(|_| !whole)
+    }
+
     /// Chooses the next token from a row of logits, which it may change, and sends what it makes certain.
-    pub fn take(&mut self, logits: &mut [f32]) -> Result<Taken, Failure> {
+    pub fn take(&mut self, mut logits: Logits<'_>) -> Result<Taken, Failure> {
         let now = Instant::now();
         if self.first.is_none() {
             self.first = Some(now);
@@ -110,12 +116,15 @@ impl<'m> Running<'m> {
         if self.max_tokens == 0 {
             return Ok(Taken::Ended(Reason::Length));
         }
-        let raw = self.logprobs.map(|_| logits.to_vec());
+        let mut raw = None;
         let fail = |e: engine::SampleError| Failure::Internal(e.to_string());
-        if let Some(c) = &mut self.constraint {
-            c.mask(logits).map_err(fail)?;
+        if let Logits::Whole(logits) = &mut logits {
+            raw = self.logprobs.map(|_| logits.to_vec());
+            if let Some(c) = &mut self.constraint {
+                c.mask(logits).map_err(fail)?;
+            }
         }
-        let token = self.sampler.sample(logits).map_err(fail)?;
+        let token = self.sampler.choose(logits).map_err(fail)?;
         if self.vocab.is_eog(token) && !self.ignore_eos {
             return Ok(Taken::Ended(Reason::Stop));
         }

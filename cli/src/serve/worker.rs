@@ -27,6 +27,10 @@ pub trait Passes {
     fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
         self.context().logits(rows, out)
     }
+
+    fn best(&mut self, rows: &[u32], k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool, EngineError> {
+        self.context().best(rows, k, out)
+    }
 }
 
 impl Passes for Context {

@@ -50,43 +50,62 @@ impl Head {
     /// Adds what it will ask of a device.
     pub fn limits(&self, l: &mut Limits) {
         l.product(&self.weight);
+        l.choices = l.choices.max(self.n_vocab());
     }
+}
 
-    /// Logits `[rows.len(), vocab]` of the given rows of the residual stream, appended to `out`.
-    pub fn logits(
-        &self,
-        mut x: Last<'_>,
-        rows: &[u32],
-        b: &mut HeadBufs,
-        out: &mut Vec<f32>,
-    ) -> Result<(), EngineError> {
-        for rows in rows.chunks(b.rows.rows()) {
-            let n = rows.len();
-            self.norm(&mut x, rows, b)?;
-            x.head.linear(&self.weight, b.rows.view(n), b.logits.view_mut(n), Write::Set)?;
-            read(x.head, b.logits.view(n), n * self.n_vocab(), out)?;
+/// The head behind a pass, to be asked for rows of it.
+pub struct Output<'a> {
+    /// Its weights.
+    pub head: &'a Head,
+    /// The residual stream.
+    pub x: Last<'a>,
+    /// Its buffers.
+    pub bufs: &'a mut HeadBufs,
+}
+
+impl Output<'_> {
+    /// Appends the logits `[rows.len(), vocab]` of the given rows.
+    pub fn logits(mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        for rows in rows.chunks(self.bufs.rows.rows()) {
+            self.multiply(rows)?;
+            read(self.x.head, self.bufs.logits.view(rows.len()), rows.len() * self.head.n_vocab(), out)?;
         }
         Ok(())
     }
 
-    /// The normed rows `[rows.len(), d]` of the residual stream, appended to `out`.
-    pub fn states(
-        &self,
-        mut x: Last<'_>,
-        rows: &[u32],
-        b: &mut HeadBufs,
-        out: &mut Vec<f32>,
-    ) -> Result<(), EngineError> {
-        for rows in rows.chunks(b.rows.rows()) {
-            self.norm(&mut x, rows, b)?;
-            read(x.head, b.rows.view(rows.len()), rows.len() * self.weight.cols(), out)?;
+    /// Appends the `k` best logits of the given rows, ids and values, best first; NaN is above all. False, and nothing is appended, where
+    /// they lie on the host anyway.
+    pub fn best(mut self, rows: &[u32], k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool, EngineError> {
+        if self.x.head.is_host() {
+            return Ok(false);
+        }
+        for rows in rows.chunks(self.bufs.rows.rows()) {
+            self.multiply(rows)?;
+            self.x.head.best(self.bufs.logits.view(rows.len()), k, out)?;
+        }
+        Ok(true)
+    }
+
+    /// Appends the normed rows `[rows.len(), d]`.
+    pub fn states(mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
+        for rows in rows.chunks(self.bufs.rows.rows()) {
+            self.norm(rows)?;
+            read(self.x.head, self.bufs.rows.view(rows.len()), rows.len() * self.head.weight.cols(), out)?;
         }
         Ok(())
     }
 
-    fn norm(&self, x: &mut Last<'_>, rows: &[u32], b: &mut HeadBufs) -> Result<(), EngineError> {
-        x.gather(rows, b.rows.view_mut(rows.len()))?;
-        Ok(x.head.rms_norm_heads(b.rows.view_mut(rows.len()), &self.norm, self.eps)?)
+    fn norm(&mut self, rows: &[u32]) -> Result<(), EngineError> {
+        let Self { head, x, bufs } = self;
+        x.gather(rows, bufs.rows.view_mut(rows.len()))?;
+        Ok(x.head.rms_norm_heads(bufs.rows.view_mut(rows.len()), &head.norm, head.eps)?)
+    }
+
+    fn multiply(&mut self, rows: &[u32]) -> Result<(), EngineError> {
+        self.norm(rows)?;
+        let (HeadBufs { rows: h, logits }, n) = (&mut *self.bufs, rows.len());
+        Ok(self.x.head.linear(&self.head.weight, h.view(n), logits.view_mut(n), Write::Set)?)
     }
 }
 

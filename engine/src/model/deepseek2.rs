@@ -6,7 +6,7 @@ use crate::EngineError;
 use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
 use crate::layers::ffn::Dense;
-use crate::layers::head::{Head, HeadBufs};
+use crate::layers::head::{Head, HeadBufs, Output};
 use crate::layers::mla::{Mla, MlaBufs, Shape};
 use crate::layers::moe::{FeedForward, Moe, Routing};
 use crate::layers::rope::{Rope, RopeTable, Scaling, yarn_mscale};
@@ -208,11 +208,7 @@ impl Runner for DeepSeek2Runner {
         Ok(())
     }
 
-    fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.logits(self.stages.last(), rows, &mut self.head, out)
-    }
-
-    fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.states(self.stages.last(), rows, &mut self.head, out)
+    fn output(&mut self) -> Output<'_> {
+        Output { head: &self.m.head, x: self.stages.last(), bufs: &mut self.head }
     }
 }

@@ -7,7 +7,7 @@ use crate::config::Hyper;
 use crate::kv::{Arena, LayerSpec};
 use crate::layers::attention::{Gqa, GqaBufs, Shape};
 use crate::layers::ffn::Dense;
-use crate::layers::head::{Head, HeadBufs};
+use crate::layers::head::{Head, HeadBufs, Output};
 use crate::layers::rope::{Rope, RopeTable, Scaling};
 use crate::pager::Pager;
 use crate::stages::{Devices, Stage, Stages};
@@ -171,11 +171,7 @@ impl Runner for Gemma3Runner {
         Ok(())
     }
 
-    fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.logits(self.stages.last(), rows, &mut self.head, out)
-    }
-
-    fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.m.head.states(self.stages.last(), rows, &mut self.head, out)
+    fn output(&mut self) -> Output<'_> {
+        Output { head: &self.m.head, x: self.stages.last(), bufs: &mut self.head }
     }
 }

@@ -9,6 +9,7 @@ use crate::EngineError;
 use crate::config::Hyper;
 use crate::gguf::File;
 use crate::kv::{Arena, LayerSpec};
+use crate::layers::head::Output;
 use crate::pager::{Pager, PagerOptions};
 use crate::stages::Devices;
 use crate::weights::{Loader, Seen};
@@ -67,10 +68,8 @@ pub trait Network: Send + Sync {
 pub trait Runner: Send {
     /// Runs `tokens` through all layers; the cache has begun as many. The residual stream stays in the runner.
     fn forward(&mut self, tokens: &[u32], cache: &mut Arena) -> Result<(), EngineError>;
-    /// Appends the logits of the given rows of the last batch, `[rows.len(), vocab]`.
-    fn logits(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError>;
-    /// Appends the states behind the last norm of the given rows of the last batch, `[rows.len(), d_model]`.
-    fn states(&mut self, rows: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError>;
+    /// What is made of the residual stream of the last batch.
+    fn output(&mut self) -> Output<'_>;
 }
 
 /// Loads the network that `file` holds.

@@ -87,6 +87,20 @@ impl Candidates {
         }
     }
 
+    /// The same out of some tokens with their logits, which are finite or minus infinity, of a vocabulary of `n_vocab`.
+    pub fn top_k_of(
+        &mut self,
+        some: impl Iterator<Item = Candidate>,
+        k: usize,
+        n_vocab: usize,
+    ) -> Result<(), SampleError> {
+        self.items.clear();
+        self.items.extend(some.filter(|c| c.logit > f32::NEG_INFINITY));
+        self.items.sort_unstable_by(by_logit);
+        self.items.truncate(k);
+        if self.items.is_empty() { Err(SampleError::NoCandidate { n_vocab }) } else { Ok(()) }
+    }
+
     /// All tokens that are not banned, in order of id. With `top_p < 1`, those that cannot belong to the nucleus are
     /// left out: of n tokens, those with a probability below (1 - top_p) / n add up to less than 1 - top_p. Likewise for
     /// `min_p`. Returns the sum of exp(logit - max) over *all* tokens if it was needed.

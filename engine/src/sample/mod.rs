@@ -20,8 +20,24 @@ pub use logprobs::{LogProbs, logprobs};
 pub use options::{SampleError, SamplerOptions};
 pub use rng::Rng;
 
-use candidates::Candidates;
+use candidates::{Candidate, Candidates};
+use kernels::MOST_BEST;
 use penalties::Penalties;
+
+/// What was read of a row of logits.
+#[derive(Debug)]
+pub enum Logits<'a> {
+    /// All of it, `[n_vocab]`.
+    Whole(&'a mut [f32]),
+    /// The best, best first, ties to the lower id: as many as [`Sampler::few`] asked for, or more. None is NaN or infinite, but some may be
+    /// minus infinity.
+    Best {
+        /// Ids and logits.
+        best: &'a [(u32, f32)],
+        /// Entries of the vocabulary.
+        n_vocab: usize,
+    },
+}
 
 /// A chain of sampling steps and its state: the random stream and the tokens that the penalties look at.
 #[derive(Clone, Debug)]
@@ -72,13 +88,46 @@ impl Sampler {
             return Ok(c.items[0].id);
         }
         let mut sum = None;
-        if o.top_k > 0 && o.top_k < logits.len() {
-            c.top_k(logits, o.top_k)?;
-        } else if o.typical_p < 1.0 {
-            c.all(logits, 1.0, 0.0)?;
-        } else {
-            sum = c.all(logits, o.top_p, o.min_p)?;
+        match o.top(logits.len()) {
+            Some(k) => c.top_k(logits, k)?,
+            None if o.typical_p < 1.0 => drop(c.all(logits, 1.0, 0.0)?),
+            None => sum = c.all(logits, o.top_p, o.min_p)?,
         }
+        Ok(self.draw(sum))
+    }
+
+    /// How many of the best of `n_vocab` logits choose the token that all of them would; `None`: all are needed. So it is where no more than
+    /// the k best can be drawn and nothing raises a logit: of k and as many more as there are tokens whose logits fall, k are left.
+    pub fn few(&self, n_vocab: usize) -> Option<usize> {
+        let o = &self.options;
+        let falls = |&(token, bias): &(u32, f32)| bias <= 0.0 && (token as usize) < n_vocab;
+        let lowered = self.penalties.lower().filter(|_| o.logit_bias.iter().all(falls))?;
+        let few = o.top(n_vocab)?.saturating_add(lowered).saturating_add(o.logit_bias.len());
+        (few <= n_vocab.min(MOST_BEST)).then_some(few)
+    }
+
+    /// [`Sampler::sample`] of what was read of a row, with the same outcome.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn choose(&mut self, row: Logits<'_>) -> Result<u32, SampleError> {
+        let (best, n_vocab) = match row {
+            Logits::Whole(logits) => return self.sample(logits),
+            Logits::Best { best, n_vocab } => (best, n_vocab),
+        };
+        let (o, penalties) = (&self.options, &self.penalties);
+        let logit = |id: u32, logit: f32| {
+            let bias = o.logit_bias.iter().filter(|b| b.0 == id);
+            penalties.of(id, bias.fold(logit, |l, b| l + b.1))
+        };
+        let some = best.iter().map(|&(id, l)| Candidate { id, logit: logit(id, l) });
+        self.candidates.top_k_of(some, o.top(n_vocab).unwrap_or(best.len()), n_vocab)?;
+        Ok(if o.temperature == 0.0 { self.candidates.items[0].id } else { self.draw(None) })
+    }
+
+    /// Filters the candidates and draws one. `sum`: as [`Candidates::all`] gave it.
+    fn draw(&mut self, sum: Option<f64>) -> u32 {
+        let (o, c) = (&self.options, &mut self.candidates);
         if o.typical_p < 1.0 {
             c.typical(o.typical_p);
         }
@@ -88,7 +137,7 @@ impl Sampler {
         if o.min_p > 0.0 {
             c.min_p(o.min_p);
         }
-        Ok(c.draw(o.temperature, self.rng.uniform()))
+        c.draw(o.temperature, self.rng.uniform())
     }
 
     /// Tells the penalties that `token` is now part of the text.

@@ -125,6 +125,15 @@ impl SamplerOptions {
         Ok(())
     }
 
+    /// No more than so many of the best tokens can be drawn.
+    pub(super) fn top(&self, n_vocab: usize) -> Option<usize> {
+        match self.top_k {
+            _ if self.temperature == 0.0 => Some(1),
+            k if k > 0 && k < n_vocab => Some(k),
+            _ => None,
+        }
+    }
+
     pub(super) fn seed_or_random(&self) -> u64 {
         self.seed.unwrap_or_else(rng::random_seed)
     }

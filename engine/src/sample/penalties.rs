@@ -57,9 +57,25 @@ impl Penalties {
 
     pub fn apply(&self, logits: &mut [f32]) {
         for (&token, &count) in &self.counts {
-            let Some(l) = logits.get_mut(token as usize) else { continue };
-            *l = if *l > 0.0 { *l / self.repeat } else { *l * self.repeat };
-            *l -= count as f32 * self.frequency + self.presence;
+            if let Some(l) = logits.get_mut(token as usize) {
+                *l = self.lowered(*l, count);
+            }
         }
+    }
+
+    /// A token's logit as [`Penalties::apply`] leaves it.
+    pub fn of(&self, token: u32, logit: f32) -> f32 {
+        self.counts.get(&token).map_or(logit, |count| self.lowered(logit, *count))
+    }
+
+    fn lowered(&self, logit: f32, count: u32) -> f32 {
+        let l = if logit > 0.0 { logit / self.repeat } else { logit * self.repeat };
+        l - (count as f32 * self.frequency + self.presence)
+    }
+
+    /// How many tokens' logits change; `None`: some may rise.
+    pub fn lower(&self) -> Option<usize> {
+        let lower = self.repeat >= 1.0 && self.presence >= 0.0 && self.frequency >= 0.0;
+        (lower || self.counts.is_empty()).then_some(self.counts.len())
     }
 }

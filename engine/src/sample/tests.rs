@@ -151,6 +151,43 @@ proptest! {
         }
     }
 
+    /// The best logits alone give the same tokens, the same state and the same errors, where they are said to be enough.
+    #[test]
+    fn few_logits_choose_as_all(
+        o in options(), n in 12usize..3000, seed in any::<u64>(), spread in 0.1f32..20.0, ties in any::<bool>(),
+        seen in prop::collection::vec(0u32..12, 0..60), more in 0usize..9, lower in any::<bool>(),
+    ) {
+        let lowering = SamplerOptions {
+            repeat_penalty: o.repeat_penalty.max(1.0),
+            presence_penalty: o.presence_penalty.abs(),
+            frequency_penalty: o.frequency_penalty.abs(),
+            logit_bias: o.logit_bias.iter().map(|b| (b.0, -b.1.abs())).collect(),
+            ..o.clone()
+        };
+        let o = if lower { lowering } else { o };
+        let mut all = Sampler::new(o.clone()).unwrap();
+        all.prime(&seen);
+        let mut few = all.clone();
+        for step in 0..4 {
+            let logits = row(n, seed ^ step, spread, ties);
+            let Some(k) = few.few(n) else {
+                let tail = &seen[seen.len().saturating_sub(o.repeat_last_n)..];
+                let raises = o.repeat_penalty < 1.0 || o.presence_penalty < 0.0 || o.frequency_penalty < 0.0;
+                let raised = raises && (step > 0 || !tail.is_empty()) || o.logit_bias.iter().any(|b| b.1 > 0.0);
+                prop_assert!(raised || o.temperature > 0.0 && !(1..n).contains(&o.top_k) || o.top_k + 24 > n.min(MOST_BEST));
+                break;
+            };
+            let mut best: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+            best.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0)));
+            best.truncate((k + more).min(n));
+            let want = all.sample(&mut logits.clone());
+            prop_assert_eq!(&want, &few.choose(Logits::Best { best: &best, n_vocab: n }));
+            let Ok(token) = want else { break };
+            all.accept(token);
+            few.accept(token);
+        }
+    }
+
     /// The bias towards speed in `Candidates::all` must not lose a member of the nucleus.
     #[test]
     fn nucleus_of_everything(n in 2usize..5000, seed in any::<u64>(), spread in 0.01f32..30.0, p in 0.0f32..1.0) {
@@ -237,6 +274,32 @@ fn ties_go_to_the_lower_id() {
     assert_eq!(ids, [0, 1, 2]);
     let zeros = [-0.0f32, 0.0, -1.0];
     assert_eq!(greedy.sample(&mut zeros.clone()), Ok(0));
+}
+
+#[test]
+fn who_needs_all_logits() {
+    let o = SamplerOptions::default;
+    let few = |o: SamplerOptions, seen: &[u32]| {
+        let mut s = Sampler::new(o).unwrap();
+        s.prime(seen);
+        s.few(1000)
+    };
+    assert_eq!(few(SamplerOptions::greedy(), &[1, 2]), Some(1));
+    assert_eq!(few(o(), &[1, 2]), Some(40));
+    assert_eq!(few(SamplerOptions { repeat_penalty: 1.1, ..o() }, &[1, 2, 1]), Some(42));
+    assert_eq!(few(SamplerOptions { logit_bias: vec![(7, f32::NEG_INFINITY)], ..o() }, &[]), Some(41));
+    let all = [
+        SamplerOptions { top_k: 0, ..o() },
+        SamplerOptions { top_k: MOST_BEST + 1, ..o() },
+        SamplerOptions { repeat_penalty: 0.9, ..o() },
+        SamplerOptions { presence_penalty: -0.1, ..o() },
+        SamplerOptions { logit_bias: vec![(7, 0.5)], ..o() },
+        SamplerOptions { logit_bias: vec![(1000, -0.5)], ..o() },
+    ];
+    all.into_iter().for_each(|o| assert_eq!(few(o.clone(), &[1]), None, "{o:?}"));
+    let mut s = Sampler::new(o()).unwrap();
+    let none = Err(SampleError::NoCandidate { n_vocab: 50 });
+    assert_eq!(s.choose(Logits::Best { best: &[(3, f32::NEG_INFINITY)], n_vocab: 50 }), none);
 }
 
 #[test]

@@ -28,6 +28,7 @@ mod x86_64;
 pub use pool::Pool;
 
 use crate::backend::*;
+use crate::best::best_of;
 use crate::{Buf, KernelError, KvBuf, Limits, Vector, View, ViewMut, Weight};
 use quant::DType;
 use scratch::Shared;
@@ -148,6 +149,11 @@ impl Backend for CpuBackend {
         for (i, row) in values.chunks_exact_mut(x.cols()).enumerate() {
             row.copy_from_slice(x.row(i));
         }
+        Ok(())
+    }
+
+    fn best(&self, x: View<'_>, k: usize, out: &mut Vec<(u32, f32)>) -> Result<(), KernelError> {
+        (0..x.rows()).for_each(|i| best_of(x.row(i), k, out));
         Ok(())
     }
 

@@ -95,7 +95,7 @@ impl CudaBackend {
         out: ViewMut<'_>,
         mass: Option<Mass<'_>>,
     ) -> Result<(), KernelError> {
-        let (q, out, n) = (Floats::of(&a.q)?, Floats::of_mut(&out)?, a.q.rows());
+        let (q, out, n) = (Floats::of(&a.q)?, s.output(&out)?, a.q.rows());
         let sinks = sinks(a.q_sink, &q)?;
         let (k, v) = (cache_of(a.k)?, cache_of(a.v)?);
         let (key, value) = (k.width / a.kv_heads, v.width / a.kv_heads);
@@ -134,7 +134,7 @@ impl CudaBackend {
                     self.kernels.merge((k, v), parts, (a.heads, value), lists, out.part(some.clone()))?;
                 }
                 if let Some(m) = &mass {
-                    let to = Floats::of_mut(&m.out)?;
+                    let to = s.output(&m.out)?;
                     for row in counted.start.max(some.start)..counted.end.min(some.end) {
                         self.kernels.mass(&op, lists, row - some.start, parts, to)?;
                     }
@@ -155,7 +155,7 @@ impl CudaBackend {
         mass: Option<Mass<'_>>,
     ) -> Result<(), KernelError> {
         let (heads, latent, n) = (m.heads, m.latent.width(), m.q.rows());
-        let (q, out) = (Floats::of(&m.q)?, Floats::of_mut(&out)?);
+        let (q, out) = (Floats::of(&m.q)?, s.output(&out)?);
         let sinks = sinks(m.q_sink, &q)?;
         let (latents, k_pe) = (cache_of(m.latent)?, cache_of(m.k_pe)?);
         let step = m.nope + m.rope;
@@ -247,7 +247,7 @@ impl CudaBackend {
                     self.kernels.merge((latents, k_pe), parts, (heads, latent), lists, to)?;
                 }
                 if let Some(mass) = &mass {
-                    let to = Floats::of_mut(&mass.out)?;
+                    let to = s.output(&mass.out)?;
                     for row in counted.start.max(some.start)..counted.end.min(some.end) {
                         self.kernels.mass_mla(&op, lists, row - some.start, parts, to)?;
                     }

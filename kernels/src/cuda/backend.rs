@@ -7,9 +7,9 @@ use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
 use super::modules;
 use super::operands::{
-    BLOCK_BYTES, Cache, Floats, Input, Matrix, Product, Sorted, input_bytes, inputs_bytes,
+    BLOCK_BYTES, Cache, Floats, Input, Matrix, Product, Rounded, Sorted, input_bytes, inputs_bytes,
 };
-use super::scratch::{Area, Scratch, Sizes, tile_bytes};
+use super::scratch::{Area, Scratch, Sizes, best_bytes, tile_bytes};
 use super::split;
 use crate::backend::*;
 use crate::cpu::CpuBackend;
@@ -50,8 +50,9 @@ pub struct CudaBackend {
 
 /// Rows of a decoding pass that goes out as one: beyond, kernels take long enough to hide their launches.
 const HELD_ROWS: usize = 32;
-/// Bytes of weights sent at a time.
-const PIECE: usize = 4 << 20;
+/// Threads that pack weights at most, and bytes that are worth one.
+const PACKERS: usize = 8;
+const PACKED: usize = 256 << 10;
 
 impl CudaBackend {
     /// A backend on `gpu`, called `name` (`cuda:0`).
@@ -78,10 +79,11 @@ impl CudaBackend {
         Ok(Memory::new(&self.gpu, bytes, what)?)
     }
 
-    /// x as the weights read it, in `area`: rounded, and where rows are tiled in parts. The area must hold it ([`inputs_bytes`]).
+    /// x as the weights read it, in `area`: rounded, unless it lies there already, and where rows are tiled in parts. The area must hold
+    /// it ([`inputs_bytes`]).
     pub(super) fn input(
         &self,
-        s: &Scratch,
+        s: &mut Scratch,
         area: Area,
         x: Floats,
         weights: &[&Weight],
@@ -93,14 +95,21 @@ impl CudaBackend {
             at - (x.rows * input_bytes(dtype, x.cols, tiled)) as u64
         };
         let rounds = weights.iter().find(|w| layout::rounds(w.dtype()));
-        let rounded = rounds.map(|w| self.kernels.round(x, take(w.dtype()))).transpose()?;
+        let known = area == Area::Input && s.rounded == Some(x);
+        let round = |at: u64| if known { Ok(Rounded::of(at, x.cols)) } else { self.kernels.round(x, at) };
+        let rounded = rounds.map(|w| round(take(w.dtype()))).transpose()?;
         let mut split = |dtype: DType| {
             let asked = tiled && weights.iter().any(|w| w.dtype() == dtype);
             asked.then(|| self.kernels.split(dtype, x, take(dtype))).transpose()
         };
         // F16 last: its scales end anywhere.
         let bf16 = split(DType::BF16)?;
-        Ok(Input { float: x, rounded, split: [split(DType::F16)?, bf16] })
+        let f16 = split(DType::F16)?;
+        if area == Area::Input && (rounded.is_some() || f16.is_some() || bf16.is_some()) {
+            // Rounded rows come first.
+            s.rounded = rounded.map(|_| x);
+        }
+        Ok(Input { float: x, rounded, split: [f16, bf16] })
     }
 
     /// The rows of a call in runs that take the same products, and whether these are the ones of prompts on tensor cores, which weights
@@ -135,6 +144,8 @@ impl CudaBackend {
         s.room(Area::Gate, 4 * jobs * width, 4 * jobs * width)?;
         let gate = Floats::dense(s.at(Area::Gate), jobs, width);
         let (g, u) = (Matrix::of(f.gate)?, Matrix::of(f.up)?);
+        let bytes = jobs * inputs_bytes(&[f.down], width, tiled);
+        s.room(Area::Hidden, bytes, bytes)?;
         if g.dtype == u.dtype && self.kernels.fuses(g, &x) {
             let up = (u, f.act);
             match (sorted, ids) {
@@ -142,20 +153,22 @@ impl CudaBackend {
                 (None, Some(ids)) => self.kernels.experts(g, x, ids, Some(up), gate)?,
                 (None, None) => self.kernels.gate(g, up, x, gate)?,
             }
-        } else {
-            s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
-            let up = Floats::dense(s.at(Area::Up), jobs, width);
-            for (w, to) in [(g, gate), (u, up)] {
-                match (sorted, ids) {
-                    (Some(_), _) => self.kernels.matmul(w, x, sorted, None, 0, to, false)?,
-                    (None, Some(ids)) => self.kernels.experts(w, x, ids, None, to)?,
-                    (None, None) => self.kernels.products(&[Product::set(w, to)], x)?,
-                }
-            }
-            self.kernels.glu(gate, up, f.act)?;
+            return self.input(s, Area::Hidden, gate, &[f.down], tiled);
         }
-        let bytes = jobs * inputs_bytes(&[f.down], width, tiled);
-        s.room(Area::Hidden, bytes, bytes)?;
+        s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
+        let up = Floats::dense(s.at(Area::Up), jobs, width);
+        for (w, to) in [(g, gate), (u, up)] {
+            match (sorted, ids) {
+                (Some(_), _) => self.kernels.matmul(w, x, sorted, None, 0, to, false)?,
+                (None, Some(ids)) => self.kernels.experts(w, x, ids, None, to)?,
+                (None, None) => self.kernels.products(&[Product::set(w, to)], x)?,
+            }
+        }
+        if layout::rounds(f.down.dtype()) {
+            let rounded = Some(self.kernels.round_glu(gate, up, f.act, s.at(Area::Hidden))?);
+            return Ok(Input { float: gate, rounded, split: [None; 2] });
+        }
+        self.kernels.glu(gate, up, f.act)?;
         self.input(s, Area::Hidden, gate, &[f.down], tiled)
     }
 
@@ -291,6 +304,8 @@ impl Backend for CudaBackend {
         let overflow = || KernelError::Shape(format!("[{rows}, {cols}] overflows"));
         let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(4)).ok_or_else(overflow)?;
         let memory = self.memory(bytes, "activations")?;
+        // It may lie where other activations did.
+        self.scratch().rounded = None;
         self.gpu.gpu.zero(memory.at(), bytes)?;
         Ok(Buf::device(rows, cols, memory))
     }
@@ -310,19 +325,31 @@ impl Backend for CudaBackend {
         self.kernels.load(modules::of_format(host.dtype()))?;
         let row = layout::row_bytes(host.dtype(), host.cols());
         let memory = self.memory(weight_bytes(&host), "weights")?;
-        let mut packed = vec![0; (PIECE / row).clamp(1, host.rows()) * row];
-        let mut at = memory.at();
-        for m in 0..host.count() {
-            let rows = host.matrix(m).chunks(packed.len() / row * host.row_bytes());
-            for some in rows {
-                let to = &mut packed[..some.len() / host.row_bytes() * row];
-                for (src, dst) in some.chunks_exact(host.row_bytes()).zip(to.chunks_exact_mut(row)) {
-                    layout::pack_row(host.dtype(), src, dst);
+        let (each, bytes, mut next) = (host.rows(), host.row_bytes(), 0);
+        let source = |i: usize| &host.matrix(i / each)[i % each * bytes..][..bytes];
+        let packers = std::thread::available_parallelism().map_or(1, Into::into).min(PACKERS);
+        self.gpu.gpu.stream(memory.at(), row, &mut |piece| {
+            let n = (piece.len() / row).min(host.count() * each - next);
+            let threads = (n * row / PACKED).clamp(1, packers);
+            let pack = |first: usize, to: &mut [u8]| {
+                for (i, to) in to.chunks_exact_mut(row).enumerate() {
+                    layout::pack_row(host.dtype(), source(first + i), to);
                 }
-                self.gpu.gpu.write(at, to)?;
-                at += to.len() as u64;
-            }
-        }
+            };
+            let share = n.div_ceil(threads).max(1);
+            let mut parts = piece[..n * row].chunks_mut(share * row).enumerate();
+            let here = parts.next();
+            std::thread::scope(|s| {
+                for (t, part) in parts {
+                    s.spawn(move || pack(next + t * share, part));
+                }
+                if let Some((_, part)) = here {
+                    pack(next, part);
+                }
+            });
+            next += n;
+            n * row
+        })?;
         Ok(host.device(memory, row))
     }
 
@@ -333,7 +360,7 @@ impl Backend for CudaBackend {
     }
 
     fn write(&self, out: ViewMut<'_>, values: &[f32]) -> Result<(), KernelError> {
-        let to = Floats::of_mut(&out)?;
+        let to = self.scratch().output(&out)?;
         let step = if to.stride == to.cols { to.rows } else { 1 };
         for (i, rows) in values.chunks((to.cols * step).max(1)).enumerate() {
             self.gpu.gpu.write(to.part(i * step..i * step).at, bytemuck::cast_slice(rows))?;
@@ -350,13 +377,30 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
+    fn best(&self, x: View<'_>, k: usize, out: &mut Vec<(u32, f32)>) -> Result<(), KernelError> {
+        let s = &mut *self.scratch();
+        let x = Floats::of(&x)?;
+        let n = s.rows(Area::Best, best_bytes(k, x.cols), x.rows)?.max(1);
+        for first in (0..x.rows).step_by(n) {
+            let x = x.part(first..x.rows.min(first + n));
+            let (at, pairs) = (s.at(Area::Best), x.rows * k);
+            self.kernels.top_k(x, k, at + 8 * pairs as u64, at)?;
+            let mut words = vec![0; 2 * pairs];
+            self.gpu.gpu.read(at, bytemuck::cast_slice_mut(&mut words))?;
+            let (values, ids) = words.split_at(pairs);
+            out.extend(ids.iter().zip(values).map(|(id, v)| (*id, f32::from_bits(*v))));
+        }
+        Ok(())
+    }
+
     fn gather(&self, x: View<'_>, rows: &[u32], out: ViewMut<'_>) -> Result<(), KernelError> {
-        let ids = self.scratch().send(&[Area::Ids], rows)?;
-        self.kernels.gather(Floats::of(&x)?, ids, Floats::of_mut(&out)?, false)
+        let s = &mut *self.scratch();
+        let ids = s.send(&[Area::Ids], rows)?;
+        self.kernels.gather(Floats::of(&x)?, ids, s.output(&out)?, false)
     }
 
     fn copy(&self, x: View<'_>, out: ViewMut<'_>) -> Result<(), KernelError> {
-        self.kernels.gather(Floats::of(&x)?, 0, Floats::of_mut(&out)?, false)
+        self.kernels.gather(Floats::of(&x)?, 0, self.scratch().output(&out)?, false)
     }
 
     /// The table may lie on the host: a pass reads a few of its rows.
@@ -369,26 +413,35 @@ impl Backend for CudaBackend {
         if table.place() != self.gpu.place {
             return Err(KernelError::Place { op: "embed" });
         }
-        let at = self.scratch().send(&[Area::Ids], ids)?;
-        self.kernels.embed(Matrix::of(table)?, at, scale, Floats::of_mut(&out)?)
+        let s = &mut *self.scratch();
+        let at = s.send(&[Area::Ids], ids)?;
+        self.kernels.embed(Matrix::of(table)?, at, scale, s.output(&out)?)
     }
 
     fn rms_norm(&self, x: View<'_>, w: &Vector, eps: f32, out: ViewMut<'_>) -> Result<(), KernelError> {
-        let (x, out) = (Floats::of(&x)?, Floats::of_mut(&out)?);
-        self.kernels.rms_norm(x, address(w.address())?, x.cols, eps, out)
+        let s = &mut *self.scratch();
+        let (x, w, out) = (Floats::of(&x)?, address(w.address())?, s.output(&out)?);
+        // Few rows, which most likely are multiplied next: the norm and its rounding in one, where there is room for it.
+        let bytes = x.rows * x.cols.div_ceil(256) * BLOCK_BYTES;
+        if x.rows > COLUMNS || x.meets(&out) || s.bytes(Area::Input) < bytes {
+            return self.kernels.rms_norm(x, w, x.cols, eps, out);
+        }
+        self.kernels.round_norm(x, w, eps, out, s.at(Area::Input))?;
+        s.rounded = Some(out);
+        Ok(())
     }
 
     fn rms_norm_heads(&self, x: ViewMut<'_>, w: &Vector, eps: f32) -> Result<(), KernelError> {
-        let x = Floats::of_mut(&x)?;
+        let x = self.scratch().output(&x)?;
         self.kernels.rms_norm(x, address(w.address())?, w.len(), eps, x)
     }
 
     fn add(&self, x: View<'_>, acc: ViewMut<'_>) -> Result<(), KernelError> {
-        self.kernels.gather(Floats::of(&x)?, 0, Floats::of_mut(&acc)?, true)
+        self.kernels.gather(Floats::of(&x)?, 0, self.scratch().output(&acc)?, true)
     }
 
     fn rope(&self, x: ViewMut<'_>, heads: RopeHeads, cos_sin: View<'_>) -> Result<(), KernelError> {
-        self.kernels.rope(&[(Floats::of_mut(&x)?, heads)], Floats::of(&cos_sin)?)
+        self.kernels.rope(&[(self.scratch().output(&x)?, heads)], Floats::of(&cos_sin)?)
     }
 
     fn rope_both(
@@ -397,7 +450,8 @@ impl Backend for CudaBackend {
         (y, y_heads): (ViewMut<'_>, RopeHeads),
         cos_sin: View<'_>,
     ) -> Result<(), KernelError> {
-        let both = [(Floats::of_mut(&x)?, x_heads), (Floats::of_mut(&y)?, y_heads)];
+        let s = &mut *self.scratch();
+        let both = [(s.output(&x)?, x_heads), (s.output(&y)?, y_heads)];
         self.kernels.rope(&both, Floats::of(&cos_sin)?)
     }
 
@@ -417,7 +471,7 @@ impl Backend for CudaBackend {
                 let rows = first..run.end.min(first + n);
                 let input = self.input(s, Area::Input, x.part(rows.clone()), &weights, tiled)?;
                 let each = products.iter().map(|p| {
-                    let (w, out) = (Matrix::of(p.weight)?, Floats::of_mut(&p.out)?.part(rows.clone()));
+                    let (w, out) = (Matrix::of(p.weight)?, s.output(&p.out)?.part(rows.clone()));
                     Ok(Product { w, bias: vector(p.bias)?, out, add: p.write == Write::Add })
                 });
                 self.kernels.products(&each.collect::<Result<Vec<_>, KernelError>>()?, input)?;
@@ -435,7 +489,7 @@ impl Backend for CudaBackend {
         write: Write,
     ) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
-        let (x, out) = (Floats::of(&x)?, Floats::of_mut(&out)?);
+        let (x, out) = (Floats::of(&x)?, s.output(&out)?);
         for (run, tiled) in self.runs(prompts, x.rows, &[f.gate, f.up, f.down]) {
             let n = self.ffn_rows(s, &f, 1, run.len(), tiled)?.max(1);
             for first in run.clone().step_by(n) {
@@ -495,7 +549,7 @@ impl Backend for CudaBackend {
         write: Write,
     ) -> Result<(), KernelError> {
         let s = &mut *self.scratch();
-        let (x, out, used) = (Floats::of(&x)?, Floats::of_mut(&out)?, routes.used);
+        let (x, out, used) = (Floats::of(&x)?, s.output(&out)?, routes.used);
         match &routes.kept {
             Some(k) if k.call == s.routed => {}
             Some(_) => {

@@ -3,6 +3,7 @@
 //! in NVIDIA's "CUDA Driver API". Knows nothing of kernels' arguments but their sizes.
 
 mod graph;
+mod pinned;
 
 use super::gpu::{Arg, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, Step};
 use super::modules::Ptx;
@@ -92,6 +93,12 @@ api! {
         write = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
         read = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
         load = "cuModuleLoadDataEx" (*mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
+        pin = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
+        unpin = "cuMemFreeHost" (*mut c_void);
+        event = "cuEventCreate" (*mut Handle, c_uint);
+        record = "cuEventRecord" (Handle, Handle);
+        wait = "cuEventSynchronize" (Handle);
+        destroy_event = "cuEventDestroy_v2" (Handle);
         unload = "cuModuleUnload" (Handle);
         function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
         function_get = "cuFuncGetAttribute" (*mut c_int, c_int, Handle);
@@ -254,7 +261,15 @@ pub fn open(index: usize) -> Result<Box<dyn Gpu>, GpuError> {
         return Err(GpuError::Memory { what: "context", bytes: 0, free: 0 });
     }
     api.check("cuDevicePrimaryCtxRetain", code)?;
-    let mut driver = Driver { api, info, device, context, stream: ptr::null_mut(), state: Mutex::default() };
+    let mut driver = Driver {
+        api,
+        info,
+        device,
+        context,
+        stream: ptr::null_mut(),
+        state: Mutex::default(),
+        pieces: Mutex::default(),
+    };
     let mut stream = ptr::null_mut();
     // SAFETY: the context is current; writes a handle. 1: it does not wait for the legacy stream, which nothing uses.
     driver.call("cuStreamCreate", |api| unsafe { (api.stream)(&mut stream, 1) })?;
@@ -280,6 +295,7 @@ struct Driver {
     context: Handle,
     stream: Handle,
     state: Mutex<State>,
+    pieces: Mutex<pinned::Pieces>,
 }
 
 // SAFETY: handles of the driver may be used from any thread; the context is made current before each call, and calls that change
@@ -466,6 +482,15 @@ impl Gpu for Driver {
         self.call("cuStreamSynchronize", |api| unsafe { (api.synchronize)(self.stream) })
     }
 
+    fn stream(
+        &self,
+        at: u64,
+        least: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+    ) -> Result<(), GpuError> {
+        self.stream_pieces(at, least, fill)
+    }
+
     fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
         self.make_graph(steps)
     }
@@ -487,6 +512,7 @@ impl Drop for Driver {
     fn drop(&mut self) {
         let _ = self.synchronize();
         self.forget_graphs();
+        self.forget_pieces();
         let modules = std::mem::take(&mut self.state().modules);
         for (_, handle) in modules {
             // SAFETY: loaded by this object and used by nothing else.

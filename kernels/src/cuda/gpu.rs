@@ -144,6 +144,9 @@ pub struct GraphId(pub usize);
 /// Bytes that the writes of one graph have room for.
 pub const STAGED: usize = 1 << 20;
 
+/// Bytes of weights that are sent at a time.
+pub(super) const PIECE: usize = 4 << 20;
+
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuInfo {
@@ -182,6 +185,16 @@ pub trait Gpu: Send + Sync {
     fn zero(&self, at: u64, bytes: usize) -> Result<(), GpuError>;
     /// Copies from the host; `bytes` may be changed when it returns.
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError>;
+    /// Copies to `at` and behind what `fill` makes, piece by piece, until it says that it made nothing; pieces have room for `least` bytes. A
+    /// GPU may copy one while the next is made.
+    fn stream(
+        &self,
+        at: u64,
+        least: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+    ) -> Result<(), GpuError> {
+        piece_by_piece(self, at, least, fill)
+    }
     /// Copies to the host, after everything before.
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError>;
     /// Makes the kernels of a module usable.
@@ -202,6 +215,24 @@ pub trait Gpu: Send + Sync {
     fn run(&self, graph: GraphId, bytes: &[u8]) -> Result<(), GpuError>;
     /// Gives a graph up, once it has run.
     fn forget(&self, graph: GraphId) -> Result<(), GpuError>;
+}
+
+/// [`Gpu::stream`] through plain memory.
+pub(super) fn piece_by_piece<G: Gpu + ?Sized>(
+    gpu: &G,
+    mut at: u64,
+    least: usize,
+    fill: &mut dyn FnMut(&mut [u8]) -> usize,
+) -> Result<(), GpuError> {
+    let mut piece = vec![0; PIECE.max(least)];
+    loop {
+        let n = fill(&mut piece);
+        if n == 0 {
+            return Ok(());
+        }
+        gpu.write(at, &piece[..n])?;
+        at += n as u64;
+    }
 }
 
 /// A GPU with a count of what was allocated on it.

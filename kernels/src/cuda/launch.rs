@@ -1,12 +1,14 @@
 //! The kernels as typed calls: one function for each entry point of `src/*.cu`, the only place that launches one. Shapes were checked
 //! by `Device`; what is checked here is what the kernels themselves ask for. Knows addresses and strides; nothing of what is computed.
 
+mod rows;
+
+pub use rows::choices;
+
 use super::gpu::{Arg, Counted, GpuError, GpuInfo, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
-use super::operands::{
-    BLOCK_BYTES, Cache, Floats, Gqa, Input, Lists, Matrix, Product, Rounded, Sorted, Tiles,
-};
+use super::operands::{Cache, Floats, Gqa, Input, Lists, Matrix, Product, Sorted, Tiles};
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
 use std::collections::HashMap;
@@ -259,18 +261,6 @@ impl Launcher {
             ];
             self.run(m, "mix_experts", [to.cols.div_ceil(256), to.rows, 1], 256, 0, &args)
         })
-    }
-
-    /// Rounds rows to `out`, which has room for `x.rows * ceil(x.cols / 256)` blocks.
-    pub fn round(&self, x: Floats, out: u64) -> Result<Rounded, KernelError> {
-        let m = self.base("round")?;
-        let stride = x.cols.div_ceil(256);
-        Self::rows(x.rows, |r| {
-            let (x, to) = (x.part(r.clone()), out + (r.start * stride * BLOCK_BYTES) as u64);
-            let args = [p(x.at), n(x.stride)?, n(x.cols)?, p(to), n(stride)?];
-            self.run(m, "round_rows", [stride, x.rows, 1], 256, 0, &args)
-        })?;
-        Ok(Rounded { at: out, stride })
     }
 
     fn input(&self, w: &Matrix, x: &Input) -> Result<(u64, usize), KernelError> {

@@ -44,7 +44,7 @@ impl Parts {
 }
 
 /// Activations in device memory: `rows` rows of `cols` values, `stride` values apart.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Floats {
     pub at: u64,
     pub stride: usize,
@@ -63,9 +63,16 @@ impl Floats {
         Ok(Self { at, stride, rows: x.rows(), cols: x.cols() })
     }
 
-    pub fn of_mut(x: &ViewMut<'_>) -> Result<Self, KernelError> {
+    /// Where an operation writes: of `Scratch::output`, which is told of all that is written.
+    pub(super) fn of_mut(x: &ViewMut<'_>) -> Result<Self, KernelError> {
         let (at, stride) = x.address().ok_or(KernelError::Place { op: "cuda" })?;
         Ok(Self { at, stride, rows: x.rows(), cols: x.cols() })
+    }
+
+    /// Whether some address lies in both.
+    pub fn meets(&self, other: &Self) -> bool {
+        let end = |f: &Self| f.at + 4 * (f.rows.max(1) * f.stride.max(f.cols)) as u64;
+        self.at < end(other) && other.at < end(self)
     }
 
     /// Some of the rows.
@@ -90,6 +97,13 @@ impl Floats {
 pub struct Rounded {
     pub at: u64,
     pub stride: usize,
+}
+
+impl Rounded {
+    /// Rows of so many values without gaps.
+    pub fn of(at: u64, cols: usize) -> Self {
+        Self { at, stride: cols.div_ceil(256) }
+    }
 }
 
 /// Rows of prompts in parts of one type (`matmul_split.cu`): `stride` bytes each, and what undoes their scales (0: none).

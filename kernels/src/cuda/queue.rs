@@ -253,6 +253,17 @@ impl Queue {
         s.hold(&*self.gpu, Held::Write { at, bytes: end })
     }
 
+    /// See [`Gpu::stream`].
+    pub fn stream(
+        &self,
+        at: u64,
+        least: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+    ) -> Result<(), GpuError> {
+        let _held = self.flushed()?;
+        self.gpu.stream(at, least, fill)
+    }
+
     pub fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         let mut s = self.flushed()?;
         self.gpu.read(at, bytes)?;

@@ -2,9 +2,9 @@
 //! change. An operation on more rows than an area holds takes several passes, which changes no bit. Knows bytes.
 
 use super::gpu::{Counted, Memory};
-use super::launch::TILE_COLUMNS;
-use super::operands::{BLOCK_BYTES, Parts, input_bytes};
-use crate::{Hidden, KernelError, Limits};
+use super::launch::{TILE_COLUMNS, choices};
+use super::operands::{BLOCK_BYTES, Floats, Parts, input_bytes};
+use crate::{Hidden, KernelError, Limits, MOST_BEST, ViewMut};
 use quant::DType;
 use std::sync::Arc;
 
@@ -41,6 +41,8 @@ pub enum Area {
     HeadIds,
     /// Parts of attention.
     Parts,
+    /// The best of rows' values, and of their parts.
+    Best,
     /// Ids of tokens, rows, or pairs of slots.
     Ids,
     /// What rows see, for two groups of layers.
@@ -51,7 +53,7 @@ pub enum Area {
     OtherSlots,
 }
 
-const AREAS: [(Area, &str); 20] = [
+const AREAS: [(Area, &str); 21] = [
     (Area::Input, "rounded inputs"),
     (Area::Hidden, "rounded hidden activations"),
     (Area::Gate, "hidden activations"),
@@ -67,6 +69,7 @@ const AREAS: [(Area, &str); 20] = [
     (Area::Latents, "sums of latents"),
     (Area::HeadIds, "lists of heads"),
     (Area::Parts, "parts of attention"),
+    (Area::Best, "best logits"),
     (Area::Ids, "lists of rows"),
     (Area::Lists, "lists of cache entries"),
     (Area::OtherLists, "lists of cache entries"),
@@ -80,6 +83,14 @@ const BUDGET: usize = 64 << 20;
 const ROUND: usize = 16;
 /// Bytes for what rows see beyond one span for each slot of the cache.
 const SPANS: usize = 64 << 10;
+
+/// Rows whose best are found at a time.
+const BEST_ROWS: usize = 16;
+
+/// Bytes of the `k` best of a row of so many columns: pairs, of its parts too.
+pub fn best_bytes(k: usize, cols: usize) -> usize {
+    8 * k * (1 + choices(cols))
+}
 
 /// Bytes of the tiles of so many jobs (`sort_experts`).
 pub fn tile_bytes(jobs: usize, experts: usize) -> usize {
@@ -130,9 +141,10 @@ impl Sizes {
             Area::Absorbed | Area::Latents => latents,
             Area::HeadIds if mla => rows(4 * heads),
             Area::Parts => rows(4 * parts.limit(l.slots) * (l.max_heads_out + 2 * heads)),
+            Area::Best if l.choices > 0 => BEST_ROWS.min(tokens) * best_bytes(MOST_BEST, l.choices),
             Area::Ids | Area::Slots | Area::OtherSlots => 4 * tokens,
             Area::Lists | Area::OtherLists => 4 * tokens + 12 * l.slots + SPANS,
-            Area::Shared | Area::HeadIds => 0,
+            Area::Shared | Area::HeadIds | Area::Best => 0,
         };
         Self(AREAS.map(|(a, _)| size(a).next_multiple_of(256)))
     }
@@ -155,6 +167,8 @@ pub struct Scratch {
     pub cycle: (usize, usize),
     /// Calls of the router so far.
     pub routed: u64,
+    /// The rows whose rounding lies in [`Area::Input`].
+    pub rounded: Option<Floats>,
 }
 
 impl Scratch {
@@ -167,6 +181,7 @@ impl Scratch {
             clock: 0,
             cycle: (0, 0),
             routed: 0,
+            rounded: None,
         }
     }
 
@@ -181,7 +196,8 @@ impl Scratch {
         Ok(())
     }
 
-    fn bytes(&self, a: Area) -> usize {
+    /// Bytes of an area.
+    pub fn bytes(&self, a: Area) -> usize {
         self.areas[a as usize].as_ref().map_or(0, Memory::bytes)
     }
 
@@ -189,8 +205,10 @@ impl Scratch {
         // What was there is given back first: the plan counts it once.
         self.areas[a as usize] = None;
         self.lists.retain(|l| l.0 != a);
-        if a == Area::HeadIds {
-            self.cycle = (0, 0);
+        match a {
+            Area::HeadIds => self.cycle = (0, 0),
+            Area::Input => self.rounded = None,
+            _ => {}
         }
         self.areas[a as usize] = Some(Memory::new(&self.gpu, bytes, AREAS[a as usize].1)?);
         Ok(())
@@ -225,6 +243,14 @@ impl Scratch {
     /// A pass begins: its lists go to the same areas as those of any other, whatever was sent before.
     pub fn begin(&mut self) {
         self.lists.clear();
+        self.rounded = None;
+    }
+
+    /// Where an operation writes. A rounding of what was there is one no more.
+    pub fn output(&mut self, to: &ViewMut<'_>) -> Result<Floats, KernelError> {
+        let to = Floats::of_mut(to)?;
+        self.rounded = self.rounded.filter(|r| !r.meets(&to));
+        Ok(to)
     }
 
     /// A kernel is about to write there: what was sent is gone.

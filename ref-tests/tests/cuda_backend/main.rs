@@ -7,6 +7,7 @@ mod graphs;
 mod models;
 mod ops;
 mod parts;
+mod sampling;
 mod split;
 
 use kernels::Device;

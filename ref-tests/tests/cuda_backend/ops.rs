@@ -87,6 +87,68 @@ fn rows_in_windows() {
     }
 }
 
+/// A norm's rounding serves what multiplies it next, and only as long as it is that of the rows.
+#[test]
+fn norms_are_rounded_once() {
+    let (n, cols) = (3, 300);
+    let (x, y) = (fill(&mut Rng(1), n * cols), fill(&mut Rng(2), n * cols));
+    both("products of norms", 0.0, |dev| {
+        let (w, norm) = (weight(dev, DType::Q8_0, 1, 6, 320, 3), vector(dev, 320, 4));
+        let wide = |v: &[f32]| v.chunks(cols).flat_map(|r| [r, &r[..20]].concat()).collect::<Vec<f32>>();
+        let (mut x, y) = (buf(dev, &wide(&x), 320), buf(dev, &wide(&y), 320));
+        let (mut h, mut out) = (dev.alloc(n, 320).unwrap(), dev.alloc(n, 6).unwrap());
+        let mut all_of = Vec::new();
+        let mut product = |h: &Buf, rows: usize| {
+            dev.linear(&w, h.view(rows), out.view_mut(rows), Write::Set).unwrap();
+            all_of.extend(all(dev, &out));
+        };
+        // Areas have no room before the first product.
+        product(&x, n);
+        for change in 0..6 {
+            dev.rms_norm(x.view(n), &norm, 1e-5, h.view_mut(n)).unwrap();
+            match change {
+                0 => {}
+                1 => dev.add(y.part(n, 7..8), h.part_mut(n, 319..320)).unwrap(),
+                2 => dev.write(h.part_mut(1, 0..2), &[3.0, -3.0]).unwrap(),
+                3 => dev.copy(y.view(1), h.view_mut(1)).unwrap(),
+                4 => dev.rms_norm_heads(h.view_mut(n), &norm, 1e-5).unwrap(),
+                // Another's memory where the norms were.
+                _ => {
+                    drop(std::mem::replace(&mut h, dev.alloc(1, 1).unwrap()));
+                    h = dev.alloc(n, 320).unwrap();
+                }
+            }
+            product(&h, n);
+            product(&h, 1);
+            product(&h, n);
+        }
+        // In place there is no rounding beside it.
+        dev.rms_norm_heads(x.view_mut(n), &norm, 1e-5).unwrap();
+        product(&x, n);
+        all_of
+    });
+}
+
+#[test]
+fn the_best_of_rows() {
+    // Rows of one part and of several, a window of them, and more rows than are found at a time.
+    for (n, cols, k) in [(1, 3, 3), (2, 700, 40), (3, 5000, 128), (20, 2100, 2)] {
+        let mut x = fill(&mut Rng(cols as u64), n * (cols + 3));
+        x.iter_mut().step_by(3).for_each(|v| *v = (*v * 3.0).round());
+        x.iter_mut().skip(5).step_by(11).for_each(|v| *v = f32::NEG_INFINITY);
+        if n == 3 {
+            (x[9], x[cols + 300]) = (f32::NAN, f32::INFINITY);
+        }
+        both(&format!("the {k} best of {cols}"), 0.0, |dev| {
+            let b = buf(dev, &x, cols + 3);
+            let mut best = Vec::new();
+            dev.best(b.part(n, 2..cols + 2), k, &mut best).unwrap();
+            best.into_iter().flat_map(|(id, v)| [id as f32, v]).collect()
+        });
+        assert!(gpu().best(buf(&gpu(), &x, cols + 3).view(n), cols + 4, &mut Vec::new()).is_err());
+    }
+}
+
 #[test]
 fn products_of_any_number_of_rows() {
     for (i, f) in FORMATS.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Rows of caches written, read, moved, saved and loaded: the bytes that `quant` packs, in the device's layout.
+//! Rows of caches written: the bytes that `quant` packs, in the device's layout.
 
 use crate::{Gpu, n, p};
 use kernels::KvBuf;
@@ -76,51 +76,6 @@ fn rows_are_stored_as_quant_packs_them() {
                     assert_eq!(written, dtype.row_bytes(width).unwrap(), "{dtype}, {width} columns");
                 }
             }
-            // And read back, some columns of it.
-            let (from, to) = if width == 32 { (0, 32) } else { (32, width) };
-            let out = g.room(rows * (to - from));
-            let params =
-                [p(cache), p(row as u64), n(width), n(from), p(dslots), n(to - from), p(out), n(to - from)];
-            g.run("cache_read", [(to - from).div_ceil(256), rows], 256, &params);
-            let got = g.read(out, rows * (to - from));
-            for (i, got) in got.chunks_exact(to - from).enumerate() {
-                let f = dtype.format();
-                let mut host = vec![0; dtype.row_bytes(width).unwrap()];
-                (f.quantize.unwrap())(&x[i * width..][..width], &mut host, None);
-                let mut want = vec![0.0; width];
-                (f.dequantize)(&host, &mut want);
-                for (g, w) in got.iter().zip(&want[from..to]) {
-                    let same = g.to_bits() == w.to_bits() || g.is_nan() && w.is_nan();
-                    assert!(same, "{dtype}, {width} columns, row {i}: {g:e}, not {w:e}");
-                }
-            }
         }
-    }
-}
-
-#[test]
-fn rows_are_copied_from_slot_to_slot() {
-    // Whole rows in runs of 16 bytes; columns of two planes in runs of 2.
-    for (row, at) in [(96, [0, 96, 0, 0]), (96, [32, 16, 80, 16]), (96, [2, 30, 66, 4]), (38, [0, 38, 0, 0])]
-    {
-        let mut rng = Rng(row as u64);
-        let bytes: Vec<u8> = (0..5 * row).map(|_| rng.bits() as u8).collect();
-        let mut g = Gpu::new(module("rows").unwrap());
-        let (cache, from, to) = (g.bytes(&bytes), g.words(&[4, 0, 3]), g.words(&[1, 4, 2]));
-        let staging = g.machine.alloc(3 * row);
-        let ranges = at.map(n);
-        let mut params = vec![p(cache), p(row as u64), p(from), p(staging), p(row as u64), p(0)];
-        params.extend(ranges);
-        g.run("copy_rows", [1, 3], 256, &params);
-        let mut params = vec![p(staging), p(row as u64), p(0), p(cache), p(row as u64), p(to)];
-        params.extend(ranges);
-        g.run("copy_rows", [2, 3], 256, &params);
-        let mut want = bytes.clone();
-        for (from, to) in [(4, 1), (0, 4), (3, 2)] {
-            for r in [at[0]..at[0] + at[1], at[2]..at[2] + at[3]] {
-                want[to * row..][r.clone()].copy_from_slice(&bytes[from * row..][r]);
-            }
-        }
-        assert_eq!(g.machine.read(cache, 5 * row).unwrap(), want, "{row} bytes, {at:?}");
     }
 }

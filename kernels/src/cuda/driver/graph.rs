@@ -18,8 +18,6 @@ api! {
         launch = "cuGraphLaunch" (Handle, Handle);
         destroy_exec = "cuGraphExecDestroy" (Handle);
         destroy = "cuGraphDestroy" (Handle);
-        pin = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
-        unpin = "cuMemFreeHost" (*mut c_void);
     }
 }
 
@@ -115,12 +113,9 @@ impl Driver {
         if !here.is_null() {
             return Ok(here);
         }
-        let f = self.graphs()?;
-        let mut at = ptr::null_mut();
-        // SAFETY: writes an address; freed by `forget_graphs`.
-        self.call("cuMemHostAlloc", |_| unsafe { (f.pin)(&mut at, STAGED, 0) })?;
-        self.state().graphs.staged = at.cast();
-        Ok(at.cast())
+        let at = self.pin(STAGED)?;
+        self.state().graphs.staged = at;
+        Ok(at)
     }
 
     fn node(
@@ -265,9 +260,7 @@ impl Driver {
     pub(super) fn forget_graphs(&self) {
         let Graphs { all, staged } = std::mem::take(&mut self.state().graphs);
         all.into_iter().flatten().for_each(|g| drop(self.destroy(g)));
-        if let Some(f) = self.api.graphs.as_ref().filter(|_| !staged.is_null()) {
-            // SAFETY: pinned by `staged`; the graphs that read it are gone.
-            let _ = self.call("cuMemFreeHost", |_| unsafe { (f.unpin)(staged.cast()) });
-        }
+        // The graphs that read it are gone.
+        self.unpin(staged);
     }
 }

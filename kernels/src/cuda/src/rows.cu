@@ -1,4 +1,4 @@
-// Operations on rows of activations: norms, rotary embedding, gated activation, sums, gathers, the best logit. Each gives the bits of its
+// Operations on rows of activations: norms, rotary embedding, gated activation, sums, gathers, the best logits. Each gives the bits of its
 // CPU twin in kernels/src/cpu/ops.rs.
 #include "norm.cuh"
 
@@ -49,22 +49,6 @@ extern "C" __global__ void __launch_bounds__(256) gather(
     *o = add ? *o + v : v;
 }
 
-// Copies bytes at0 .. at0 + len0 and at1 .. at1 + len1 (all even) of rows: row from_slots[i] (i where there are none) of `from` to row
-// to_slots[i] (i) of `to`, the same bytes of it. Saves, loads and (through a buffer) moves rows of a cache. The grid: (any, n), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) copy_rows(
-    const u8* from, u64 from_row, const u32* from_slots, u8* to, u64 to_row, const u32* to_slots, u32 at0, u32 len0, u32 at1, u32 len1) {
-    const u32 i = blockIdx.y, step = gridDim.x * 256, t = blockIdx.x * 256 + threadIdx.x;
-    from += from_row * (from_slots ? from_slots[i] : i);
-    to += to_row * (to_slots ? to_slots[i] : i);
-    if (((at0 | len0 | at1 | len1 | (u32)from_row | (u32)to_row) & 15) == 0) {
-        for (u32 u = t; u < len0 / 16; u += step) ((uint4*)(to + at0))[u] = ((const uint4*)(from + at0))[u];
-        for (u32 u = t; u < len1 / 16; u += step) ((uint4*)(to + at1))[u] = ((const uint4*)(from + at1))[u];
-    } else {
-        for (u32 u = t; u < len0 / 2; u += step) ((u16*)(to + at0))[u] = ((const u16*)(from + at0))[u];
-        for (u32 u = t; u < len1 / 2; u += step) ((u16*)(to + at1))[u] = ((const u16*)(from + at1))[u];
-    }
-}
-
 // y[r] (=|+=) shared[r] + sum_k weight[r][k] expert[r * used + k], in this order, products not fused; weights from the router.
 // The grid: (cols / 256, rows), 256 threads. There may be no shared rows.
 extern "C" __global__ void __launch_bounds__(256) mix_experts(
@@ -77,85 +61,58 @@ extern "C" __global__ void __launch_bounds__(256) mix_experts(
     *o = add ? *o + y : y;
 }
 
-// The larger of two candidates, the lower index of equals; NaN never wins.
-__device__ __forceinline__ void take(float& best, u32& at, float v, u32 i) {
-    if (v > best || (v == best && i < at)) best = v, at = i;
-}
-
-__device__ __forceinline__ void take_lanes(float& best, u32& at) {
-#pragma unroll
-    for (int half = 16; half > 0; half /= 2) {
-        const float v = __shfl_xor_sync(ALL, best, half);
-        const u32 i = __shfl_xor_sync(ALL, at, half);
-        take(best, at, v, i);
-    }
-}
-
-// ids[r] = index of the largest of x[r], the lowest of equals, 0 where all are NaN. The grid: (1, rows), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) argmax(const float* x, u32 x_stride, u32 n, u32* ids) {
-    __shared__ float values[8];
-    __shared__ u32 places[8];
-    const u32 t = threadIdx.x;
-    const float none = __int_as_float(0xff800000);
-    x += (u64)blockIdx.y * x_stride;
-    float best = none;
-    u32 at = n;
-    for (u32 i = t; i < n; i += 256) take(best, at, x[i], i);
-    take_lanes(best, at);
-    if (t % WARP == 0) {
-        values[t / WARP] = best;
-        places[t / WARP] = at;
-    }
-    __syncthreads();
-    if (t >= WARP) return;
-    best = t < 8 ? values[t] : none;
-    at = t < 8 ? places[t] : n;
-    take_lanes(best, at);
-    if (t == 0) ids[blockIdx.y] = at < n ? at : 0;
-}
-
-// A logit's rank: NaN below all, -0 equal to +0.
+// A logit's rank: NaN above all, so that whoever takes the best sees it; -0 equal to +0.
 __device__ __forceinline__ u32 rank(float x) {
     const u32 b = __float_as_uint(x + 0.0f);
-    return x != x ? 0 : b & 0x80000000 ? ~b : b | 0x80000000;
+    return x != x ? ALL : b & 0x80000000 ? ~b : b | 0x80000000;
+}
+
+// The better of two: of higher rank, of equals the lower place; place ALL is none.
+__device__ __forceinline__ void take(u32& best, u32& place, u32 r, u32 p) {
+    if (p != ALL && (place == ALL || r > best || (r == best && p < place))) best = r, place = p;
 }
 
 // The k best of elements blockIdx.x * per .. + per of x[r], best first, ties to the lower: values and ids [rows][gridDim.x][k]. `from`, where
 // given, holds the elements' ids, as x is laid out: so that a second call (one block a row) merges the parts of a first. Where fewer are
-// there, the rest get -inf and the id 2^32 - 1. The grid: (n / per, rows), 256 threads.
+// there, the rest get -inf and the id 2^32 - 1. Every thread keeps the best of its own; whose was taken looks for its next. The grid:
+// (n / per, rows), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) top_k(
     const float* x, u32 x_stride, const u32* from, u32 n, u32 per, u32 k, float* values, u32* ids) {
-    __shared__ u32 ranks[8], places[8];
+    __shared__ u32 ranks[2][8], places[2][8];
     const u32 t = threadIdx.x, first = blockIdx.x * per, end = n - first < per ? n : first + per;
     x += (u64)blockIdx.y * x_stride;
     if (from) from += (u64)blockIdx.y * x_stride;
     values += ((u64)blockIdx.y * gridDim.x + blockIdx.x) * k;
     ids += ((u64)blockIdx.y * gridDim.x + blockIdx.x) * k;
-    // Rank and place of the last taken; the next comes behind it.
-    u32 last = ALL, at = 0;
+    // This thread's best that was not taken, and the one that was before.
+    u32 mine = 0, where = ALL, last = ALL, at = ALL;
+    bool look = true;
     for (u32 j = 0; j < k; j++) {
-        u32 best = 0, place = ALL;
-        for (u32 i = first + t; i < end; i += 256) {
-            const u32 r = rank(x[i]);
-            const bool open = (r < last || (r == last && (i > at || j == 0))) && !(from && from[i] == ALL);
-            if (open && (place == ALL || r > best)) best = r, place = i;
+        if (look) {
+            mine = 0, where = ALL;
+#pragma unroll 4
+            for (u32 i = first + t; i < end; i += 256) {
+                const u32 r = rank(x[i]);
+                if ((at == ALL || r < last || (r == last && i > at)) && !(from && from[i] == ALL)) take(mine, where, r, i);
+            }
         }
+        u32 best = mine, place = where;
 #pragma unroll
         for (int half = 16; half > 0; half /= 2) {
             const u32 r = __shfl_xor_sync(ALL, best, half), p = __shfl_xor_sync(ALL, place, half);
-            if (p != ALL && (place == ALL || r > best || (r == best && p < place))) best = r, place = p;
+            take(best, place, r, p);
         }
-        if (t % WARP == 0) ranks[t / WARP] = best, places[t / WARP] = place;
+        // In turns, so that nobody waits for those who still read the last.
+        if (t % WARP == 0) ranks[j % 2][t / WARP] = best, places[j % 2][t / WARP] = place;
         __syncthreads();
-        place = ALL, best = 0;
+        best = 0, place = ALL;
 #pragma unroll
-        for (int w = 0; w < 8; w++)
-            if (places[w] != ALL && (place == ALL || ranks[w] > best || (ranks[w] == best && places[w] < place))) best = ranks[w], place = places[w];
+        for (int w = 0; w < 8; w++) take(best, place, ranks[j % 2][w], places[j % 2][w]);
+        look = place != ALL && place == where;
+        if (look) last = best, at = place;
         if (t == 0) {
             values[j] = place == ALL ? __int_as_float(0xff800000) : x[place];
             ids[j] = place == ALL ? ALL : from ? from[place] : place;
         }
-        last = best, at = place;
-        __syncthreads();
     }
 }

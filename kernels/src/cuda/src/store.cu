@@ -1,7 +1,4 @@
-// Rows of caches: writing and reading; one cache type a compilation (FORMAT). Blocks get the bits of quant's `quantize`.
-//
-// Keys are turned in place (a shift of positions) by `cache_read`, `rope` (rows.cu) and `cache_write`; rows are moved, saved and loaded by
-// `copy_rows` (rows.cu).
+// Rows of caches are written; one cache type a compilation (FORMAT). Blocks get the bits of quant's `quantize`.
 #include "cached.cuh"
 
 // The level nearest to x / scale, ties to even: quant/src/search.rs.
@@ -126,11 +123,4 @@ extern "C" __global__ void __launch_bounds__(256) cache_write(
     const u32 i = blockIdx.x * 256 + threadIdx.x;
     if (blockIdx.z) x = y, x_stride = y_stride, cols = y_cols, cache = y_cache, row_bytes = y_row_bytes;
     if (i < cols) put(FORMAT(), cache + row_bytes * slots[blockIdx.y], cols, i, x[(u64)blockIdx.y * x_stride + i]);
-}
-
-// out[i] = columns col .. col + cols of slot slots[i]. The grid: (cols / 256, n), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) cache_read(
-    const u8* cache, u64 row_bytes, u32 width, u32 col, const u32* slots, u32 cols, float* out, u32 out_stride) {
-    const u32 i = blockIdx.x * 256 + threadIdx.x;
-    if (i < cols) out[(u64)blockIdx.y * out_stride + i] = FORMAT::get(cache + row_bytes * slots[blockIdx.y], width, col + i);
 }
