@@ -67,8 +67,9 @@ def tools(folder):
     return ctypes.CDLL(str(lib / "libnvrtc.so.12")), nvidia / "cuda_nvcc" / "bin" / "ptxas"
 
 
-def compile_ptx(nvrtc, source, fmt, arch):
-    """The PTX of one source."""
+def compile_ptx(folder, source, fmt, arch):
+    """The PTX of one source. Once in a process: what NVRTC compiled before shows in some texts."""
+    nvrtc, _ = tools(folder)
     options = [o.format(arch=arch) for o in OPTIONS] + [f"--include-path={HERE / 'src'}"]
     if fmt:
         options += [f"-D{d}" for d in f"FORMAT={fmt}".split(",")]
@@ -117,17 +118,25 @@ def sha(path):
 
 def build(folder, out):
     """Everything that is committed, made anew below `out`."""
-    nvrtc, ptxas = tools(folder)
+    _, ptxas = tools(folder)
     (out / "ptx").mkdir(exist_ok=True)
-    table, spills, names, jobs = [], [], [m[0] for m in MODULES], {}
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    for name, source, fmt, arch in MODULES:
+    table, spills, names = [], [], [m[0] for m in MODULES]
+
+    def module(name, arch):
+        """Its text, and what ptxas says of it for each target."""
+        made = subprocess.run([sys.executable, __file__, "--venv", folder, "--compile", name], capture_output=True, text=True)
+        print(made.stderr, end="", file=sys.stderr)
+        if made.returncode:
+            sys.exit(f"{name} does not compile")
         path = out / "ptx" / f"{name}.ptx"
-        path.write_text(compile_ptx(nvrtc, source, fmt, arch))
+        path.write_text(made.stdout)
         last = 80 if f"{name}_sm80" in names else 1000
-        jobs[name] = {a: pool.submit(resources, ptxas, path, a) for a in ONLY.get(name, TARGETS) if arch <= a < last}
+        return {a: resources(ptxas, path, a) for a in ONLY.get(name, TARGETS) if arch <= a < last}
+
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    jobs = {name: pool.submit(module, name, arch) for name, _, _, arch in MODULES}
     for name, _, _, _ in MODULES:
-        per = {a: job.result() for a, job in jobs[name].items()}
+        per = jobs[name].result()
         for kernel in next(iter(per.values())):
             cells = [f"{per[a][kernel][0]}" if a in per else "-" for a in TARGETS]
             spilt = max(per[a][kernel][2] for a in per)
@@ -158,7 +167,10 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare with what is committed, change nothing")
     parser.add_argument("--venv", type=pathlib.Path, default=HERE.parents[2] / "target" / "cuda-venv")
     parser.add_argument("--if-possible", action="store_true", help="without the compiler: say so and succeed")
+    parser.add_argument("--compile", metavar="MODULE", help="write the PTX of one module to the standard output")
     args = parser.parse_args()
+    if args.compile:
+        return sys.stdout.write(next(compile_ptx(args.venv, *m[1:]) for m in MODULES if m[0] == args.compile))
     try:
         install(args.venv)
     except (OSError, subprocess.CalledProcessError) as error:
