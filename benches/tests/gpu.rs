@@ -106,7 +106,7 @@ fn timings_end_in_a_table() {
         assert!(text.contains(part), "{part}: {text}");
     }
     // One part that fails is a row, and the others are measured even so.
-    let Some((o, text)) = gpu("faults:attend_mla", &parts[..4]) else { return };
+    let Some((o, text)) = gpu("faults:round_rows", &parts[..4]) else { return };
     assert_eq!(o.status.code(), Some(1), "{text}");
     assert!(
         text.contains("| FAILED |") && text.contains("ILLEGAL_ADDRESS") && text.contains("| prompt, f16"),
