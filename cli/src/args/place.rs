@@ -67,10 +67,11 @@ fn rule(s: &str) -> std::result::Result<(Regex, Device), String> {
     let (pattern, device) =
         s.rsplit_once('=').ok_or_else(|| format!("{s:?} is not of the form PATTERN=DEVICE"))?;
     let name = device.to_ascii_lowercase();
-    let device = match name.strip_prefix("gpu").or(name.strip_prefix("cuda")).map(str::parse) {
+    let number = name.strip_prefix("gpu").or(name.strip_prefix("cuda:")).or(name.strip_prefix("cuda"));
+    let device = match number.map(str::parse) {
         None if name == "cpu" => Device::Cpu,
         Some(Ok(i)) => Device::Gpu(i),
-        _ => return Err(format!("{device:?} is no device (CPU, GPU0, GPU1 ...)")),
+        _ => return Err(format!("{device:?} is no device (CPU, GPU0 or cuda:0 ...)")),
     };
     Ok((Regex::new(pattern).map_err(|e| e.to_string())?, device))
 }
@@ -82,7 +83,11 @@ mod tests {
     #[test]
     fn rules() {
         assert_eq!(rule("exps=CPU").unwrap().1, Device::Cpu);
-        assert_eq!(rule("a=b=gpu1").unwrap().1, Device::Gpu(1));
-        assert!(rule("x=TPU").is_err() && rule("(=CPU").is_err() && rule("x").is_err());
+        for same in ["a=b=gpu1", "a=b=CUDA1", "a=b=cuda:1"] {
+            assert_eq!(rule(same).unwrap().1, Device::Gpu(1));
+        }
+        for wrong in ["x=TPU", "x=cuda:", "(=CPU", "x"] {
+            assert!(rule(wrong).is_err(), "{wrong}");
+        }
     }
 }
