@@ -97,8 +97,7 @@ impl Devices {
     /// # Errors
     /// A layout that names a device that is not among them.
     pub fn new(all: Vec<Device>, layout: Layout) -> Result<Self, EngineError> {
-        let named = layout.layers.iter().flat_map(|s| [s.layer, s.experts]).chain([layout.head, 0]);
-        match named.max().filter(|d| *d >= all.len()) {
+        match layout.used().into_iter().max().filter(|d| *d >= all.len()) {
             Some(d) => Err(EngineError::Option(format!("there is no device {d} among {}", all.len()))),
             None => Ok(Self { all, layout: Arc::new(layout) }),
         }

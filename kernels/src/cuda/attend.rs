@@ -3,7 +3,7 @@
 
 use super::backend::{CudaBackend, cache_of};
 use super::layout;
-use super::operands::{Absorbed, BLOCK_BYTES, Floats, Gqa, Input, Lists, Matrix, Parts, Sorted, Tiles};
+use super::operands::{Absorbed, BLOCK_BYTES, Floats, Gqa, Input, Lists, Matrix, Parts, Product, Tiles};
 use super::plan::{self, Plan};
 use super::scratch::{Area, Scratch};
 use crate::backend::{Attention, Mass, Mla, MlaUp, Visible};
@@ -199,11 +199,10 @@ impl CudaBackend {
             }
             let jobs = rows.len() * heads;
             let ids = self.head_ids(s, jobs, heads)?;
-            let sorted = self.sorted(s, ids, rows.len(), heads, heads, false)?;
             // Job j is head j % heads of its row.
-            let each_head = |w: Matrix, x: Input, to: Floats| match sorted {
-                Some(j) => self.kernels.matmul(w, x, Some(Sorted { share: 1, ..j }), None, 0, to, false),
-                None => self.kernels.experts(w, x, (ids, 1), None, to),
+            let head_jobs = self.jobs(s, ids, rows.len(), heads, heads, false)?.alone();
+            let each_head = |w: Matrix, x: Input, to: Floats| {
+                self.kernels.product(Product::set(w, to), x, head_jobs, None)
             };
             // Queries into the coordinates of the latent.
             let absorbed = Floats::dense(s.at(Area::Absorbed), jobs, latent);

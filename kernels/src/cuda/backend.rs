@@ -7,7 +7,7 @@ use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
 use super::modules;
 use super::operands::{
-    BLOCK_BYTES, Cache, Floats, Input, Matrix, Product, Rounded, Sorted, input_bytes, inputs_bytes,
+    BLOCK_BYTES, Cache, Floats, Input, Jobs, Matrix, Product, Rounded, Sorted, input_bytes, inputs_bytes,
 };
 use super::scratch::{Area, Scratch, Sizes, best_bytes, tile_bytes};
 use super::split;
@@ -128,41 +128,30 @@ impl CudaBackend {
         prompts.chunk_by(|a, b| tiled(a) == tiled(b)).map(run).collect()
     }
 
-    /// `act(gate x) * up x` in [`Area::Gate`], as `down` reads it. `ids`: matrices of a stack, for each row of x so many; sorted where
-    /// there are many rows.
+    /// `act(gate x) * up x` in [`Area::Gate`], as `down` reads it.
     fn hidden(
         &self,
         s: &mut Scratch,
         f: &Ffn<'_>,
         x: Input,
-        ids: Option<(u64, usize)>,
-        sorted: Option<Sorted>,
+        jobs: Jobs,
         tiled: bool,
     ) -> Result<Input, KernelError> {
         let width = f.gate.rows();
-        let jobs = x.float.rows * ids.map_or(1, |i| i.1);
-        s.room(Area::Gate, 4 * jobs * width, 4 * jobs * width)?;
-        let gate = Floats::dense(s.at(Area::Gate), jobs, width);
+        let rows = x.float.rows * jobs.share();
+        s.room(Area::Gate, 4 * rows * width, 4 * rows * width)?;
+        let gate = Floats::dense(s.at(Area::Gate), rows, width);
         let (g, u) = (Matrix::of(f.gate)?, Matrix::of(f.up)?);
-        let bytes = jobs * inputs_bytes(&[f.down], width, tiled);
+        let bytes = rows * inputs_bytes(&[f.down], width, tiled);
         s.room(Area::Hidden, bytes, bytes)?;
         if g.dtype == u.dtype && self.kernels.fuses(g, &x) {
-            let up = (u, f.act);
-            match (sorted, ids) {
-                (Some(_), _) => self.kernels.matmul(g, x, sorted, Some(up), 0, gate, false)?,
-                (None, Some(ids)) => self.kernels.experts(g, x, ids, Some(up), gate)?,
-                (None, None) => self.kernels.gate(g, up, x, gate)?,
-            }
+            self.kernels.product(Product::set(g, gate), x, jobs, Some((u, f.act)))?;
             return self.input(s, Area::Hidden, gate, &[f.down], tiled);
         }
-        s.room(Area::Up, 4 * jobs * width, 4 * jobs * width)?;
-        let up = Floats::dense(s.at(Area::Up), jobs, width);
+        s.room(Area::Up, 4 * rows * width, 4 * rows * width)?;
+        let up = Floats::dense(s.at(Area::Up), rows, width);
         for (w, to) in [(g, gate), (u, up)] {
-            match (sorted, ids) {
-                (Some(_), _) => self.kernels.matmul(w, x, sorted, None, 0, to, false)?,
-                (None, Some(ids)) => self.kernels.experts(w, x, ids, None, to)?,
-                (None, None) => self.kernels.products(&[Product::set(w, to)], x)?,
-            }
+            self.kernels.product(Product::set(w, to), x, jobs, None)?;
         }
         if layout::rounds(f.down.dtype()) {
             let rounded = Some(self.kernels.round_glu(gate, up, f.act, s.at(Area::Hidden))?);
@@ -189,8 +178,9 @@ impl CudaBackend {
         Ok(whole_tiles(n, rows))
     }
 
-    /// The jobs of `rows` rows by expert (or head), where there are so many rows that experts are worth a tile, or rows are tiled.
-    pub(super) fn sorted(
+    /// The jobs of `rows` rows, `used` matrices of `ids` each: by expert (or head) where there are so many rows that experts are worth a
+    /// tile, or rows are tiled.
+    pub(super) fn jobs(
         &self,
         s: &mut Scratch,
         ids: u64,
@@ -198,16 +188,16 @@ impl CudaBackend {
         used: usize,
         experts: usize,
         tiled: bool,
-    ) -> Result<Option<Sorted>, KernelError> {
+    ) -> Result<Jobs, KernelError> {
         if rows <= COLUMNS && !tiled {
-            return Ok(None);
+            return Ok(Jobs::Each { ids, share: used });
         }
         let jobs = rows * used;
         s.room(Area::JobOrder, 4 * jobs, 4 * jobs)?;
         s.room(Area::JobTiles, tile_bytes(jobs, experts), tile_bytes(jobs, experts))?;
         let (order, tiles) = (s.at(Area::JobOrder), s.at(Area::JobTiles));
         self.kernels.sort_experts(ids, jobs, experts, order, tiles)?;
-        Ok(Some(Sorted { order, tiles, count: jobs / TILE_COLUMNS + experts, share: used }))
+        Ok(Jobs::Sorted(Sorted { order, tiles, count: jobs / TILE_COLUMNS + experts, share: used }))
     }
 
     /// Runs of neighbouring slots: first slot, place in `slots`, length.
@@ -495,7 +485,7 @@ impl Backend for CudaBackend {
             for first in run.clone().step_by(n) {
                 let rows = first..run.end.min(first + n);
                 let input = self.input(s, Area::Input, x.part(rows.clone()), &[f.gate, f.up], tiled)?;
-                let hidden = self.hidden(s, &f, input, None, None, tiled)?;
+                let hidden = self.hidden(s, &f, input, Jobs::One, tiled)?;
                 let (w, out) = (Matrix::of(f.down)?, out.part(rows));
                 self.kernels.products(&[Product { w, bias: 0, out, add: write == Write::Add }], hidden)?;
             }
@@ -580,24 +570,18 @@ impl Backend for CudaBackend {
                 let input = self.input(s, Area::Input, x.part(rows.clone()), &inner, tiled)?;
                 let mut beside = 0;
                 if let Some(f) = &shared {
-                    let hidden = self.hidden(s, f, input, None, None, tiled)?;
+                    let hidden = self.hidden(s, f, input, Jobs::One, tiled)?;
                     beside = s.at(Area::Shared);
                     let to = Floats::dense(beside, rows.len(), out.cols);
                     self.kernels.products(&[Product::set(Matrix::of(f.down)?, to)], hidden)?;
                 }
                 let skip = 4 * (first * used) as u64;
                 let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
-                let sorted = self.sorted(s, ids, rows.len(), used, experts.gate.count(), tiled)?;
-                let hidden = self.hidden(s, &experts, input, Some((ids, used)), sorted, tiled)?;
+                let jobs = self.jobs(s, ids, rows.len(), used, experts.gate.count(), tiled)?;
+                let hidden = self.hidden(s, &experts, input, jobs, tiled)?;
                 let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);
-                let down = Matrix::of(experts.down)?;
-                match sorted {
-                    Some(j) => {
-                        let jobs = Some(Sorted { share: 1, ..j });
-                        self.kernels.matmul(down, hidden, jobs, None, 0, each, false)?
-                    }
-                    None => self.kernels.experts(down, hidden, (ids, 1), None, each)?,
-                }
+                let down = Product::set(Matrix::of(experts.down)?, each);
+                self.kernels.product(down, hidden, jobs.alone(), None)?;
                 let add = write == Write::Add;
                 self.kernels.mix_experts(each, weights, used, beside, out.part(rows), add)?;
             }

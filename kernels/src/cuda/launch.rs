@@ -8,7 +8,7 @@ pub use rows::choices;
 use super::gpu::{Arg, Counted, GpuError, GpuInfo, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
-use super::operands::{Cache, Floats, Gqa, Input, Lists, Matrix, Product, Sorted, Tiles};
+use super::operands::{Cache, Floats, Gqa, Input, Jobs, Lists, Matrix, Product, Sorted, Tiles};
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
 use std::collections::HashMap;
@@ -42,6 +42,27 @@ pub(super) fn flag(x: bool) -> Arg {
 
 pub(super) fn refuse<T>(what: String) -> Result<T, KernelError> {
     Err(KernelError::Shape(format!("cuda: {what}")))
+}
+
+/// What kernels for many columns are told of jobs, of what is fused and of where the rows go.
+pub(super) fn many_outputs(
+    made: &Product,
+    jobs: Option<Sorted>,
+    up: Option<(Matrix, Activation)>,
+) -> Result<[Arg; 10], KernelError> {
+    let (order, tiles, share) = jobs.map_or((0, 0, 1), |j| (j.order, j.tiles, j.share));
+    Ok([
+        n(made.out.rows)?,
+        p(order),
+        p(tiles),
+        n(share)?,
+        p(up.map_or(0, |u| u.0.at)),
+        flag(up.is_some_and(|u| u.1 == Activation::GeluTanh)),
+        p(made.bias),
+        p(made.out.at),
+        n(made.out.stride)?,
+        flag(made.add),
+    ])
 }
 
 /// The entry for so many columns.
@@ -273,7 +294,7 @@ impl Launcher {
 
     /// Products that share an input, on tensor cores where there are many columns.
     pub fn products(&self, products: &[Product], x: Input) -> Result<(), KernelError> {
-        let many = |p: &Product| self.matmul(p.w, x, None, None, p.bias, p.out, p.add);
+        let many = |p: &Product| self.matmul(*p, x, None, None);
         match x.float.rows {
             0 => Ok(()),
             1..=COLUMNS => {
@@ -281,51 +302,51 @@ impl Launcher {
                     products.iter().partition(|p| x.split(p.w.dtype).is_some());
                 split.iter().try_for_each(many)?;
                 // Up to three of one format in a launch.
-                while let Some(first) = left.first() {
-                    let dtype = first.w.dtype;
-                    let (mut some, others): (Vec<_>, Vec<_>) = left.iter().partition(|p| p.w.dtype == dtype);
-                    let rest = some.split_off(some.len().min(3));
-                    self.few(&some, x, None)?;
-                    left = [rest, others].concat();
-                }
-                Ok(())
+                left.sort_by_key(|p| p.w.dtype.name());
+                let alike = left.chunk_by(|a, b| a.w.dtype == b.w.dtype);
+                alike.flat_map(|p| p.chunks(3)).try_for_each(|some| self.few(some, x, None))
             }
             _ => products.iter().try_for_each(many),
         }
     }
 
-    /// `out[c] = act(W x[c]) * (up x[c])`; W and `up` are of one format.
-    pub fn gate(
+    /// One product of the rows that `jobs` makes; with `up`, of W's format, `act(W x) * (up x)`.
+    pub fn product(
         &self,
-        w: Matrix,
-        up: (Matrix, Activation),
+        made: Product,
         x: Input,
-        out: Floats,
+        jobs: Jobs,
+        up: Option<(Matrix, Activation)>,
     ) -> Result<(), KernelError> {
-        match out.rows {
-            0 => Ok(()),
-            1..=COLUMNS if x.split(w.dtype).is_none() => self.few_gated(w, up, x, None, out),
-            _ => self.matmul(w, x, None, Some(up), 0, out, false),
+        match (jobs, up) {
+            (Jobs::Sorted(jobs), _) => self.matmul(made, x, Some(jobs), up),
+            (Jobs::Each { ids, share }, _) => self.experts(made, x, (ids, share), up),
+            (Jobs::One, None) => self.products(&[made], x),
+            (Jobs::One, Some(up)) => match made.out.rows {
+                0 => Ok(()),
+                1..=COLUMNS if x.split(made.w.dtype).is_none() => self.few_gated(made, up, x, None),
+                _ => self.matmul(made, x, None, Some(up)),
+            },
         }
     }
 
-    /// Row j of out = matrix `ids[j]` of the stack times row `j / share` of x; with `up` as in [`Launcher::gate`].
-    pub fn experts(
+    /// Row j of out = matrix `ids[j]` of the stack times row `j / share` of x.
+    fn experts(
         &self,
-        w: Matrix,
+        made: Product,
         x: Input,
         (ids, share): (u64, usize),
         up: Option<(Matrix, Activation)>,
-        out: Floats,
     ) -> Result<(), KernelError> {
         let most = MAX_YZ / share * share;
-        for first in (0..out.rows).step_by(most) {
-            let rows = first..out.rows.min(first + most);
+        for first in (0..made.out.rows).step_by(most) {
+            let rows = first..made.out.rows.min(first + most);
             let x = x.part(first / share..rows.end.div_ceil(share));
-            let (jobs, out) = (Some((ids + 4 * first as u64, share)), out.part(rows));
+            let jobs = Some((ids + 4 * first as u64, share));
+            let some = Product { out: made.out.part(rows), ..made };
             match up {
-                Some(up) => self.few_gated(w, up, x, jobs, out)?,
-                None => self.few(&[Product::set(w, out)], x, jobs)?,
+                Some(up) => self.few_gated(some, up, x, jobs)?,
+                None => self.few(&[some], x, jobs)?,
             }
         }
         Ok(())
@@ -348,13 +369,13 @@ impl Launcher {
         self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
     }
 
+    /// The same of gate and up, with the activation.
     fn few_gated(
         &self,
-        w: Matrix,
+        Product { w, out, .. }: Product,
         (up, act): (Matrix, Activation),
         x: Input,
         jobs: Option<(u64, usize)>,
-        out: Floats,
     ) -> Result<(), KernelError> {
         let act = flag(act == Activation::GeluTanh);
         let made = [p(w.at), p(up.at), n(w.rows)?, act, p(out.at), n(out.stride)?];
@@ -393,18 +414,16 @@ impl Launcher {
 
     /// Many columns: all of x for one matrix, or `jobs` by expert, row j of out being job j. With `up`, `act(W x) * (up x)`. A column's
     /// bits are those of the kernels for few, but for rows in parts.
-    pub fn matmul(
+    fn matmul(
         &self,
-        w: Matrix,
+        made: Product,
         x: Input,
         jobs: Option<Sorted>,
         up: Option<(Matrix, Activation)>,
-        bias: u64,
-        out: Floats,
-        add: bool,
     ) -> Result<(), KernelError> {
+        let Product { w, out, .. } = made;
         if let Some(split) = x.split(w.dtype) {
-            return self.matmul_split(w, split, jobs, up, bias, out, add);
+            return self.matmul_split(made, split, jobs, up);
         }
         let (at, stride) = self.input(&w, &x)?;
         // What a block makes. Where weights are the load, smaller ones, of which there are more.
@@ -418,9 +437,6 @@ impl Launcher {
             true => ("matmul", 64, TILE_COLUMNS, 512, 0),
             false => ("matmul", 32, TILE_COLUMNS, 256, 0),
         };
-        let made = features / halves;
-        let none = Sorted { order: 0, tiles: 0, count: out.rows.div_ceil(columns), share: 1 };
-        let jobs = jobs.unwrap_or(none);
         let args = [
             p(w.at),
             p(w.row_bytes() as u64),
@@ -429,18 +445,10 @@ impl Launcher {
             n(layout::blocks(w.dtype, w.cols))?,
             p(at),
             n(stride)?,
-            n(out.rows)?,
-            p(jobs.order),
-            p(jobs.tiles),
-            n(jobs.share)?,
-            p(up.map_or(0, |u| u.0.at)),
-            flag(up.is_some_and(|u| u.1 == Activation::GeluTanh)),
-            p(bias),
-            p(out.at),
-            n(out.stride)?,
-            flag(add),
         ];
-        let grid = [jobs.count, w.rows.div_ceil(made), 1];
+        let args = [&args[..], &many_outputs(&made, jobs, up)?].concat();
+        let tiles = jobs.map_or(out.rows.div_ceil(columns), |j| j.count);
+        let grid = [tiles, w.rows.div_ceil(features / halves), 1];
         self.run(self.many("matmul", w.dtype)?, entry, grid, threads, shared / 4, &args)
     }
 

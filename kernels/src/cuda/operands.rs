@@ -287,6 +287,36 @@ pub struct Sorted {
     pub share: usize,
 }
 
+/// Which matrix of a stack makes which row.
+#[derive(Clone, Copy, Debug)]
+pub enum Jobs {
+    /// The only one makes all.
+    One,
+    /// Matrix `ids[j]` makes row j, of row `j / share` of x.
+    Each { ids: u64, share: usize },
+    /// The same by expert.
+    Sorted(Sorted),
+}
+
+impl Jobs {
+    /// Rows made of a row of x.
+    pub fn share(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Each { share, .. } | Self::Sorted(Sorted { share, .. }) => share,
+        }
+    }
+
+    /// The same jobs where x has a row for each.
+    pub fn alone(self) -> Self {
+        match self {
+            Self::One => Self::One,
+            Self::Each { ids, .. } => Self::Each { ids, share: 1 },
+            Self::Sorted(s) => Self::Sorted(Sorted { share: 1, ..s }),
+        }
+    }
+}
+
 /// A prompt's rows in tiles that walk the cache together (cuda/plan.rs).
 #[derive(Clone, Copy, Debug)]
 pub struct Tiles {

@@ -1,9 +1,9 @@
 //! Rows of prompts in parts on tensor cores: times weights of F16 and BF16, the launches of `src/matmul_split.cu`; and which attention takes
 //! them (`src/prompt_half.cu`). Knows shapes; nothing of requests.
 
-use super::launch::{Launcher, MANY_BLOCKS, TILE_COLUMNS, flag, n, p};
-use super::modules::{self, Ptx};
-use super::operands::{Floats, Gqa, Input, Matrix, Sorted, Split, split_bytes};
+use super::launch::{Launcher, MANY_BLOCKS, TILE_COLUMNS, many_outputs, n, p};
+use super::modules::Ptx;
+use super::operands::{Floats, Gqa, Input, Matrix, Product, Sorted, Split, split_bytes};
 use super::plan;
 use crate::{Activation, KernelError};
 use quant::DType;
@@ -36,14 +36,12 @@ impl Launcher {
     /// Rows of prompts in parts times weights of F16 or BF16, as [`Launcher::matmul`]: the same bits for any number of rows.
     pub(super) fn matmul_split(
         &self,
-        w: Matrix,
+        made: Product,
         x: Split,
         jobs: Option<Sorted>,
         up: Option<(Matrix, Activation)>,
-        bias: u64,
-        out: Floats,
-        add: bool,
     ) -> Result<(), KernelError> {
+        let Product { w, out, .. } = made;
         let m = self.many("matmul_split", w.dtype)?;
         let columns = if w.dtype == DType::F16 { COLUMNS } else { 64 };
         let halves = if up.is_some() { 2 } else { 1 };
@@ -56,9 +54,13 @@ impl Launcher {
             None => ("matmul_32", tiles(64, TILE_COLUMNS), 128, 40_960),
             Some(j) => ("matmul_32", (j.count, tiles(64, TILE_COLUMNS).1), 128, 40_960),
         };
-        let jobs = jobs.unwrap_or(Sorted { order: 0, tiles: 0, count: 0, share: 1 });
         let step = if up.is_some() { w.cols } else { LEN };
         for first in (0..w.cols).step_by(step) {
+            // The bias once; what follows is added to it.
+            let some = match first {
+                0 => made,
+                _ => Product { bias: 0, add: true, ..made },
+            };
             let args = [
                 p(w.at + 2 * first as u64),
                 p(w.row_bytes() as u64),
@@ -68,17 +70,8 @@ impl Launcher {
                 p(x.at + split_bytes(w.dtype, first) as u64),
                 n(x.stride)?,
                 p(x.scales),
-                n(out.rows)?,
-                p(jobs.order),
-                p(jobs.tiles),
-                n(jobs.share)?,
-                p(up.map_or(0, |u| u.0.at)),
-                flag(up.is_some_and(|u| u.1 == Activation::GeluTanh)),
-                p(if first == 0 { bias } else { 0 }),
-                p(out.at),
-                n(out.stride)?,
-                flag(add || first > 0),
             ];
+            let args = [&args[..], &many_outputs(&some, jobs, up)?].concat();
             self.run(m, entry, [grid.0, grid.1, 1], threads, shared / 4, &args)?;
         }
         Ok(())
@@ -86,9 +79,8 @@ impl Launcher {
 
     /// The kernel of a prompt's rows on tensor cores, where there is one for these heads: its dimensions.
     pub(super) fn prompt_half(&self, a: &Gqa) -> Option<(&'static Ptx, &'static str, usize)> {
-        let (major, minor) = self.capability;
         let name = format!("prompt_half_{}", a.k.dtype.name().to_ascii_lowercase());
-        let text = modules::text_for(&name, 10 * major + minor).filter(|_| a.k.dtype == a.v.dtype)?;
+        let text = self.text(&name).filter(|_| a.k.dtype == a.v.dtype)?;
         let all = [("prompt_64", 64), ("prompt_96", 96), ("prompt_128", 128)];
         let fits = a.key.is_multiple_of(8) && a.value.is_multiple_of(8);
         let (entry, dims) = all.into_iter().find(|e| fits && a.key.max(a.value) <= e.1)?;
