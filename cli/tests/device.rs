@@ -85,6 +85,37 @@ fn a_server_places_models_as_it_is_asked() {
     assert!(whole.0 == none.0 && some.0 == none.0, "{whole:?}, {some:?}, {none:?}");
 }
 
+/// Clients at once get the tokens that each gets alone, when all logits are read (for their probabilities) and not only the best.
+#[test]
+fn clients_of_a_gpu_get_the_tokens_that_each_gets_alone() {
+    let Some(folder) = driver() else { return };
+    let path = folder.path().display().to_string();
+    let gpu =
+        Server::start(&["--device", "cuda:0", "--parallel", "3"], &[("LD_LIBRARY_PATH", path.as_str())]);
+    let ask = |seed: usize, logprobs: bool| {
+        let options = json!({"num_predict": 2, "temperature": 2.0, "top_k": 10 * seed, "seed": seed,
+            "repeat_penalty": 1.1, "num_ctx": 64});
+        let body = json!({"model": "demo", "prompt": "Once upon a time,", "raw": true, "stream": false, "options": options,
+            "logprobs": logprobs});
+        let answer = gpu.post("/api/generate", body).json();
+        answer["response"].as_str().expect("a text").to_owned()
+    };
+    let alone: Vec<_> = (1..4).map(|seed| ask(seed, true)).collect();
+    assert!(alone[0] != alone[1] && alone[1] != alone[2], "{alone:?}");
+    std::thread::scope(|s| {
+        let clients: Vec<_> = (1..4)
+            .map(|seed| {
+                s.spawn({
+                    let ask = &ask;
+                    move || ask(seed, false)
+                })
+            })
+            .collect();
+        let together: Vec<_> = clients.into_iter().map(|c| c.join().expect("an answer")).collect();
+        assert_eq!(together, alone);
+    });
+}
+
 #[test]
 fn placements_that_cannot_be_are_one_line() {
     for (place, part) in [
