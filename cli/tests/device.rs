@@ -10,8 +10,8 @@ const RUN: [&str; 11] =
 
 #[test]
 fn a_gpu_answers_as_the_cpu_does() {
-    // Without graphs, too: then all goes out launch by launch.
-    for fault in ["", "no graphs"] {
+    // Without graphs, too: then all goes out launch by launch. And where no memory can be pinned: each copy is waited for.
+    for fault in ["", "no graphs", "nothing pinned"] {
         let Some(o) = with_driver(fault, &RUN) else { return };
         let text = String::from_utf8_lossy(&o.stderr);
         assert!(o.status.success(), "{text}");
@@ -136,6 +136,7 @@ fn what_a_driver_refuses_is_one_line() {
     for (fault, parts) in [
         ("old", ["CUDA 11.8, 12.1 is needed", "update it"]),
         ("none", ["0 here", "--device cpu"]),
+        ("busy", ["cuDevicePrimaryCtxRetain", "nvidia-smi"]),
         ("pre-turing", ["capability 7.0", "--device cpu"]),
         ("small", ["GPU0 is short of", "-ngl 0"]),
         ("refuses", ["refuses the kernels", "update it"]),

@@ -1,18 +1,21 @@
 //! A stand-in for NVIDIA's driver library: the functions that `cuda/driver.rs` looks up, with the PTX interpreter behind them. Tests load it
-//! as libcuda.so.1, so that the program's way to a GPU runs to its end where there is none. `RSINFER_TEST_DRIVER` asks for what goes wrong:
-//! `old`, `none`, `pre-turing`, `small`, `refuses`, `lost`, `no graphs`, `lost in a graph`; `wrong:ENTRY` (that kernel subtracts where it first
-//! adds), `faults:ENTRY` (the GPU is lost when it is launched), `hangs:ENTRY`. Must not know of the backend.
+//! as libcuda.so.1, so that the program's way to a GPU runs to its end where there is none. Whatever is asynchronous happens as late as it
+//! may: when the host waits; a copy from memory that is not pinned, which may be read until then, must be waited for at once.
+//! `RSINFER_TEST_DRIVER` asks for what goes wrong: `old`, `none`, `busy`, `pre-turing`, `small`, `nothing pinned`, `refuses`, `lost`, `no graphs`,
+//! `lost in a graph`; `wrong:ENTRY` (that kernel subtracts where it first adds), `faults:ENTRY` (the GPU is lost when it is launched),
+//! `hangs:ENTRY`. Must not know of the backend.
 // NVIDIA documents what these do and ask.
 #![allow(clippy::missing_safety_doc, missing_docs)]
 
 use ptx::{Machine, Module, Param};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
 const OK: c_int = 0;
 const INVALID_VALUE: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
+const DEVICE_UNAVAILABLE: c_int = 46;
 const NO_DEVICE: c_int = 100;
 const INVALID_DEVICE: c_int = 101;
 const BAD_PTX: c_int = 218;
@@ -34,15 +37,79 @@ struct State {
     launches: usize,
     lost: bool,
     graphs: Vec<Vec<Node>>,
+    /// The stream: what was asked for and has not happened, and how much has.
+    waits: VecDeque<Node>,
+    done: usize,
+    /// Of each event, how much had been asked for when it was recorded last.
+    events: Vec<usize>,
+    /// Where pinned memory lies, and its bytes.
+    pinned: Vec<(usize, usize)>,
+    /// The last copy reads memory that is not pinned.
+    hurry: bool,
 }
 
-/// A node of a graph.
+/// A node of a graph, or a call that is asynchronous.
 #[derive(Clone)]
 enum Node {
     /// Function, grid, threads, shared memory, arguments.
     Kernel(usize, [c_uint; 3], [c_uint; 3], c_uint, Vec<Param>),
     /// To, from (on the host), bytes.
     Copy(u64, usize, usize),
+    /// To (on the host), from, bytes.
+    Read(usize, u64, usize),
+    /// Where, a value, bytes.
+    Fill(u64, u8, usize),
+}
+
+impl State {
+    /// Puts a call behind all others.
+    fn later(&mut self, node: Node) -> c_int {
+        if self.lost {
+            return ILLEGAL_ADDRESS;
+        }
+        if self.hurry {
+            eprintln!("interpreted driver: a copy from memory that is not pinned was not waited for");
+            return INVALID_VALUE;
+        }
+        self.waits.push_back(node);
+        OK
+    }
+
+    /// The host waits until so many calls have happened.
+    fn until(&mut self, count: usize) -> c_int {
+        while self.done < count && !self.lost {
+            let Some(node) = self.waits.pop_front() else { break };
+            self.done += 1;
+            let code = match node {
+                Node::Kernel(function, grid, block, shared, values) => {
+                    run(self, function, grid, block, shared, &values)
+                }
+                Node::Copy(to, from, bytes) => {
+                    let from = std::ptr::with_exposed_provenance(from);
+                    // SAFETY: the caller's memory, pinned or waited for.
+                    code(self.machine.write(to, unsafe { std::slice::from_raw_parts(from, bytes) }))
+                }
+                Node::Read(to, from, bytes) => {
+                    let got = self.machine.read(from, bytes);
+                    if let Ok(b) = &got {
+                        let to = std::ptr::with_exposed_provenance_mut(to);
+                        // SAFETY: the caller has room for `bytes` until it has waited.
+                        unsafe { std::ptr::copy_nonoverlapping(b.as_ptr(), to, bytes) };
+                    }
+                    code(got)
+                }
+                Node::Fill(at, value, bytes) => code(self.machine.write(at, &vec![value; bytes])),
+            };
+            self.lost |= code != OK;
+        }
+        self.hurry &= !self.waits.is_empty();
+        if self.lost { ILLEGAL_ADDRESS } else { OK }
+    }
+
+    /// The host waits for everything.
+    fn all(&mut self) -> c_int {
+        self.until(self.done + self.waits.len())
+    }
 }
 
 /// `CUDA_KERNEL_NODE_PARAMS_v2`.
@@ -182,6 +249,9 @@ pub unsafe extern "system" fn cuDeviceGetAttribute(x: *mut c_int, what: c_int, d
 
 #[unsafe(no_mangle)]
 pub unsafe extern "system" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, _: c_int) -> c_int {
+    if asked("busy") {
+        return DEVICE_UNAVAILABLE;
+    }
     // SAFETY: the caller's.
     unsafe { give(context, handle(41)) }
 }
@@ -209,7 +279,7 @@ pub extern "system" fn cuStreamDestroy_v2(_: *mut c_void) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "system" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
-    if stream == handle(42) { OK } else { INVALID_VALUE }
+    if stream == handle(42) { state().all() } else { INVALID_VALUE }
 }
 
 #[unsafe(no_mangle)]
@@ -238,13 +308,14 @@ pub unsafe extern "system" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> c_int
 #[unsafe(no_mangle)]
 pub extern "system" fn cuMemFree_v2(at: u64) -> c_int {
     let s = &mut *state();
+    let waited = s.all();
     s.held.remove(&at);
-    code(s.machine.free(at))
+    code(s.machine.free(at)).max(waited)
 }
 
 #[unsafe(no_mangle)]
 pub extern "system" fn cuMemsetD8Async(at: u64, value: u8, bytes: usize, _: *mut c_void) -> c_int {
-    code(state().machine.write(at, &vec![value; bytes]))
+    state().later(Node::Fill(at, value, bytes))
 }
 
 #[unsafe(no_mangle)]
@@ -254,8 +325,11 @@ pub unsafe extern "system" fn cuMemcpyHtoDAsync_v2(
     bytes: usize,
     _: *mut c_void,
 ) -> c_int {
-    // SAFETY: the caller has `bytes` there.
-    code(state().machine.write(to, unsafe { std::slice::from_raw_parts(from.cast(), bytes) }))
+    let s = &mut *state();
+    let at = from.expose_provenance();
+    let code = s.later(Node::Copy(to, at, bytes));
+    s.hurry = !s.pinned.iter().any(|p| p.0 <= at && at + bytes <= p.0 + p.1);
+    code
 }
 
 #[unsafe(no_mangle)]
@@ -265,12 +339,7 @@ pub unsafe extern "system" fn cuMemcpyDtoHAsync_v2(
     bytes: usize,
     _: *mut c_void,
 ) -> c_int {
-    let got = state().machine.read(from, bytes);
-    if let Ok(b) = &got {
-        // SAFETY: the caller has room for `bytes`.
-        unsafe { std::ptr::copy_nonoverlapping(b.as_ptr(), to.cast(), bytes) };
-    }
-    code(got)
+    state().later(Node::Read(to.expose_provenance(), from, bytes))
 }
 
 #[unsafe(no_mangle)]
@@ -351,7 +420,7 @@ pub unsafe extern "system" fn cuLaunchKernel(
     // SAFETY: the caller's.
     let Some(values) = (unsafe { arguments(s, number(function), params) }) else { return INVALID_VALUE };
     let block = [threads_x, threads_y, threads_z];
-    run(s, number(function), [x, y, z], block, shared, &values)
+    s.later(Node::Kernel(number(function), [x, y, z], block, shared, values))
 }
 
 /// The arguments of a launch.
@@ -400,8 +469,12 @@ pub unsafe extern "system" fn cuMemHostAlloc(at: *mut *mut c_void, bytes: usize,
     if flags != 0 {
         return INVALID_VALUE;
     }
+    if asked("nothing pinned") {
+        return OUT_OF_MEMORY;
+    }
     // As long as the process: `cuMemFreeHost` is not told how much it is.
     let memory = Box::leak(vec![0u8; bytes].into_boxed_slice());
+    state().pinned.push((memory.as_ptr().expose_provenance(), bytes));
     // SAFETY: the caller's.
     unsafe { give(at, memory.as_mut_ptr().cast()) }
 }
@@ -413,23 +486,33 @@ pub extern "system" fn cuMemFreeHost(_: *mut c_void) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "system" fn cuEventCreate(event: *mut *mut c_void, _: c_uint) -> c_int {
+    let s = &mut *state();
+    // Nothing before it: never recorded.
+    s.events.push(0);
     // SAFETY: the caller's.
-    unsafe { give(event, handle(43)) }
+    unsafe { give(event, handle(s.events.len() - 1)) }
 }
 
 #[unsafe(no_mangle)]
 pub extern "system" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> c_int {
-    if event == handle(43) && stream == handle(42) { OK } else { INVALID_VALUE }
+    let s = &mut *state();
+    let now = s.done + s.waits.len();
+    match s.events.get_mut(number(event)).filter(|_| stream == handle(42)) {
+        Some(e) => *e = now,
+        None => return INVALID_VALUE,
+    }
+    if s.lost { ILLEGAL_ADDRESS } else { OK }
 }
 
 #[unsafe(no_mangle)]
 pub extern "system" fn cuEventSynchronize(event: *mut c_void) -> c_int {
-    if event == handle(43) { OK } else { INVALID_VALUE }
+    let s = &mut *state();
+    s.events.get(number(event)).copied().map_or(INVALID_VALUE, |e| s.until(e))
 }
 
 #[unsafe(no_mangle)]
 pub extern "system" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
-    if event == handle(43) { OK } else { INVALID_VALUE }
+    if number(event) < state().events.len() { OK } else { INVALID_VALUE }
 }
 
 #[unsafe(no_mangle)]
@@ -557,22 +640,7 @@ pub extern "system" fn cuGraphLaunch(exec: *mut c_void, stream: *mut c_void) -> 
         return ILLEGAL_ADDRESS;
     }
     let Some(nodes) = s.graphs.get(number(exec)).cloned() else { return INVALID_VALUE };
-    for node in nodes {
-        let done = match node {
-            Node::Kernel(function, grid, block, shared, values) => {
-                run(s, function, grid, block, shared, &values)
-            }
-            Node::Copy(to, from, bytes) => {
-                let from = std::ptr::with_exposed_provenance(from);
-                // SAFETY: pinned memory of the caller's, as the node was told.
-                code(s.machine.write(to, unsafe { std::slice::from_raw_parts(from, bytes) }))
-            }
-        };
-        if done != OK {
-            return done;
-        }
-    }
-    OK
+    nodes.into_iter().map(|node| s.later(node)).max().unwrap_or(OK)
 }
 
 #[unsafe(no_mangle)]

@@ -26,8 +26,8 @@ fn name(text: &str) -> String {
 /// As the interpreter's own.
 pub(crate) fn launch(text: &str, threads: u32, out: usize, memory: &[u8]) -> Result<Vec<u8>, PtxError> {
     let module = Text::own(&name(text), text.to_owned())?;
-    // In which order threads come to one address is the hardware's.
-    let ordered = threads == 1 || !text.contains("atom.global");
+    // In which order threads come to one address, and which of them go on together, is the hardware's.
+    let ordered = threads == 1 || !["atom.global", "activemask"].iter().any(|i| text.contains(i));
     let mut m = if ordered { Machine::new() } else { Machine::alone() };
     m.set_limit(100_000);
     let (to, data) = (m.alloc(out), m.alloc(memory.len()));

@@ -156,6 +156,15 @@ impl Gpu for Timed {
         self.0.gpu.write(at, bytes)
     }
 
+    fn stream(
+        &self,
+        at: u64,
+        least: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+    ) -> Result<(), GpuError> {
+        self.0.gpu.stream(at, least, fill)
+    }
+
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         self.0.gpu.read(at, bytes)
     }

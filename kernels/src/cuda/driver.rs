@@ -2,6 +2,8 @@
 //! panics where it is missing. Functions are looked up by name with codes as plain numbers: a newer driver may return any. Documented
 //! in NVIDIA's "CUDA Driver API". Knows nothing of kernels' arguments but their sizes.
 
+#[cfg(test)]
+mod abi;
 mod graph;
 mod pinned;
 
@@ -30,11 +32,11 @@ mod code {
     use super::Code;
     pub const OUT_OF_MEMORY: Code = 2;
     pub const NO_DEVICE: Code = 100;
-    /// A text that the driver's compiler does not take: bad image, no binary, bad PTX, bad PTX version, no compiler.
+    /// A text that the driver's compiler does not take: bad image, no binary, bad PTX, no compiler, a newer PTX, no compiling.
     pub const REFUSED: [Code; 6] = [200, 209, 218, 221, 222, 223];
-    /// After these nothing of the context can be used: gone or broken devices, faults of kernels.
-    pub const LOST: [Code; 16] =
-        [46, 101, 201, 214, 226, 700, 702, 709, 714, 715, 716, 717, 718, 719, 802, 999];
+    /// After these nothing of the context can be used: gone or broken devices and links, faults of kernels, a server (MPS) that stopped.
+    pub const LOST: [Code; 18] =
+        [46, 101, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 810, 999];
 }
 
 mod attribute {
@@ -55,6 +57,11 @@ macro_rules! api {
         }
 
         impl $name {
+            /// Names, and of each argument its type and size.
+            #[cfg(test)]
+            $vis const SYMBOLS: &[(&str, &[(&str, usize)])] =
+                &[$(($symbol, &[$((stringify!($arg), size_of::<$arg>())),*])),*];
+
             $vis fn of(library: &Library) -> Result<Self, GpuError> {
                 Ok(Self {
                     $($field: {
@@ -151,7 +158,7 @@ impl Api {
         // SAFETY: as documented; no pointers.
         let begun = unsafe { (api.init)(0) };
         if begun != code::NO_DEVICE {
-            api.check("cuInit", begun)?;
+            api.begun("cuInit", begun)?;
         }
         let mut found = 0;
         // SAFETY: writes one number.
@@ -183,6 +190,11 @@ impl Api {
             c if code::LOST.contains(&c) => Err(GpuError::Lost { why: format!("{call}: {}", self.text(c)) }),
             c => Err(GpuError::Driver { call, why: self.text(c) }),
         }
+    }
+
+    /// Of the calls before there is a context: nothing can be lost yet.
+    fn begun(&self, call: &'static str, code: Code) -> Result<(), GpuError> {
+        if code == 0 { Ok(()) } else { Err(GpuError::NotReady { call, why: self.text(code) }) }
     }
 
     fn count(&self) -> Result<usize, GpuError> {
@@ -260,7 +272,7 @@ pub fn open(index: usize) -> Result<Box<dyn Gpu>, GpuError> {
     if code == code::OUT_OF_MEMORY {
         return Err(GpuError::Memory { what: "context", bytes: 0, free: 0 });
     }
-    api.check("cuDevicePrimaryCtxRetain", code)?;
+    api.begun("cuDevicePrimaryCtxRetain", code)?;
     let mut driver = Driver {
         api,
         info,
@@ -387,18 +399,14 @@ impl Gpu for Driver {
         if bytes.is_empty() {
             return Ok(());
         }
-        // SAFETY: reads `bytes` before it returns, as copies from pageable memory do.
-        self.call("cuMemcpyHtoDAsync", |api| unsafe {
-            (api.write)(at, bytes.as_ptr().cast(), bytes.len(), self.stream)
-        })
+        self.write_pieces(at, bytes)
     }
 
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         if bytes.is_empty() {
             return Ok(());
         }
-        // SAFETY: writes `bytes`, which outlive the wait below: nothing in between returns to the caller on success, and a copy to
-        // pageable memory is over when the call returns.
+        // SAFETY: writes `bytes`, which outlive the wait below; a copy that the driver refused writes nothing.
         self.call("cuMemcpyDtoHAsync", |api| unsafe {
             (api.read)(bytes.as_mut_ptr().cast(), at, bytes.len(), self.stream)
         })?;

@@ -52,6 +52,16 @@ pub enum GpuError {
         /// And the second half.
         minor: u32,
     },
+    /// The driver does not begin: a service of it is missing, or another program has the GPU to itself.
+    #[error(
+        "NVIDIA's driver does not give access to the GPU ({call}: {why}): look at nvidia-smi, or use --device cpu"
+    )]
+    NotReady {
+        /// What was called.
+        call: &'static str,
+        /// In the driver's words.
+        why: String,
+    },
     /// The driver does not take a kernel.
     #[error("the driver refuses the kernels of {module} ({why}): update it, or use --device cpu")]
     Refused {

@@ -13,6 +13,8 @@ pub struct Who {
 
 impl Who {
     const NOBODY: Self = Self { thread: u32::MAX, epoch: 0, warp_epoch: 0 };
+    /// Stands for several threads.
+    const SEVERAL: u32 = u32::MAX - 1;
 
     fn warp(self) -> u32 {
         self.thread / 32
@@ -34,10 +36,18 @@ struct Shadow {
     reader: Who,
     /// Another thread of the same epoch that read, besides `reader`.
     other: Who,
+    /// Who changed it by an atomic operation since it was written.
+    atomic: Who,
     written: bool,
 }
 
-const FRESH: Shadow = Shadow { writer: Who::NOBODY, reader: Who::NOBODY, other: Who::NOBODY, written: false };
+const FRESH: Shadow = Shadow {
+    writer: Who::NOBODY,
+    reader: Who::NOBODY,
+    other: Who::NOBODY,
+    atomic: Who::NOBODY,
+    written: false,
+};
 
 /// Shared memory of one block.
 pub struct Shared {
@@ -70,9 +80,10 @@ impl Shared {
             if !s.written {
                 return Err(Fault::Uninitialised { space: "shared", address });
             }
-            if who.races(s.writer) {
-                let (other, before) = (s.writer.thread, "write");
-                return Err(Fault::Race { address, access: "read", other, before });
+            for (them, before) in [(s.writer, "write"), (s.atomic, "atomic")] {
+                if who.races(them) {
+                    return Err(Fault::Race { address, access: "read", other: them.thread, before });
+                }
             }
             if s.reader.thread != who.thread {
                 // Of all readers, keep two that are as hard to be ordered after as any: the latest, and one of another warp.
@@ -100,7 +111,8 @@ impl Shared {
     fn touch(&mut self, address: u64, bytes: usize, who: Who, written: bool) -> Result<&mut [u8], Fault> {
         let at = self.find(address, bytes)?;
         for (k, s) in self.shadow[at..at + bytes].iter_mut().enumerate() {
-            for (them, before) in [(s.writer, "write"), (s.reader, "read"), (s.other, "read")] {
+            let all = [(s.writer, "write"), (s.reader, "read"), (s.other, "read"), (s.atomic, "atomic")];
+            for (them, before) in all {
                 if who.races(them) {
                     let address = address + k as u64;
                     return Err(Fault::Race { address, access: "write", other: them.thread, before });
@@ -119,10 +131,13 @@ impl Shared {
             if !s.written {
                 return Err(Fault::Uninitialised { space: "shared", address });
             }
-            if who.races(s.writer) {
-                let (other, before) = (s.writer.thread, "write");
-                return Err(Fault::Race { address, access: "atomic", other, before });
+            for (them, before) in [(s.writer, "write"), (s.reader, "read"), (s.other, "read")] {
+                if who.races(them) {
+                    return Err(Fault::Race { address, access: "atomic", other: them.thread, before });
+                }
             }
+            let thread = if who.races(s.atomic) { Who::SEVERAL } else { who.thread };
+            s.atomic = Who { thread, ..who };
         }
         Ok(&mut self.bytes[at..at + bytes])
     }
@@ -156,6 +171,24 @@ mod tests {
         assert!(s.read(0, 4, who(2, 1, 0)).is_err());
         assert!(s.read(0, 4, who(2, 1, 1)).is_ok());
         assert!(s.read(0, 4, who(33, 1, 1)).is_err());
+    }
+
+    /// Atomics are ordered among themselves, not with plain accesses.
+    #[test]
+    fn atomics_race_with_plain_accesses() {
+        let mut s = Shared::new(4);
+        s.write(0, 4, who(0, 1, 0)).unwrap();
+        assert!(matches!(s.atomic(0, 4, who(5, 1, 0)), Err(Fault::Race { before: "write", .. })));
+        s.atomic(0, 4, who(5, 2, 0)).unwrap();
+        assert!(s.read(0, 4, who(5, 2, 0)).is_ok(), "its own");
+        assert!(matches!(s.atomic(0, 4, who(6, 2, 0)), Err(Fault::Race { before: "read", .. })));
+        s.atomic(0, 4, who(5, 3, 0)).unwrap();
+        s.atomic(0, 4, who(40, 3, 0)).unwrap();
+        for thread in [5, 40, 70] {
+            assert!(matches!(s.read(0, 4, who(thread, 3, 0)), Err(Fault::Race { before: "atomic", .. })));
+            assert!(s.write(0, 4, who(thread, 3, 0)).is_err());
+        }
+        assert!(s.read(0, 4, who(70, 4, 0)).is_ok() && s.write(0, 4, who(70, 4, 0)).is_ok());
     }
 
     #[test]

@@ -15,6 +15,11 @@ fn place(lane: usize, r: usize, i: usize, n: usize, a: bool) -> (usize, usize) {
     (row, n * inside + i + 4 * n * half)
 }
 
+/// Row and column of C or D that register `r` of a lane holds.
+fn result(lane: usize, r: usize) -> (usize, usize) {
+    (lane / 4 + 8 * (r / 2), 2 * (lane % 4) + r % 2)
+}
+
 /// The power of two below which x has no bits as a float of 24 bits; of f32's subnormals where it is small.
 fn unit(x: f64) -> f64 {
     let exponent = (x.to_bits() >> 52 & 0x7ff) as i32 - 1023;
@@ -59,7 +64,7 @@ pub fn multiply(kind: Mma, a: &[Lanes], b: &[Lanes], c: &[Lanes]) -> Vec<Lanes> 
     }
     let depth = 4 * n * b.len();
     let at = |r: usize, lane: usize| {
-        let (row, col) = (lane / 4 + 8 * (r / 2), 2 * (lane % 4) + r % 2);
+        let (row, col) = result(lane, r);
         let products = (0..depth).map(|k| left[row][k] * right[col][k]);
         let c = c[r][lane];
         if whole {
@@ -85,7 +90,76 @@ pub fn spread(rows: &[[u8; 16]; 8], transpose: bool) -> Lanes {
 
 #[cfg(test)]
 mod tests {
-    use super::add;
+    use super::{add, place, result, spread};
+
+    /// Shapes and strides of values as CuTe writes a layout: value v of lane l lies at the sum of the strides times v's digits.
+    type Values = &'static [(usize, usize)];
+
+    fn at(lanes: [usize; 2], values: Values, lane: usize, mut v: usize) -> usize {
+        let mut sum = lane % 4 * lanes[0] + lane / 4 * lanes[1];
+        for (shape, stride) in values {
+            (sum, v) = (sum + v % shape * stride, v / shape);
+        }
+        sum
+    }
+
+    /// CUTLASS 4.2, cute/atom/mma_traits_sm75.hpp and _sm80.hpp: strides of (l % 4, l / 4) and of values in A [M, K], B [N, K], C [M, N], the
+    /// first dimension fastest. Written by others than the ISA's tables, and in use.
+    #[test]
+    fn fragments_lie_as_in_cutlass() {
+        type Fragment = ([usize; 2], Values);
+        let c_16: Fragment = ([32, 1], &[(2, 16), (2, 8)]);
+        let shapes: [(&str, usize, usize, Fragment, Fragment, Fragment); 4] = [
+            (
+                "m16n8k16 f16, bf16",
+                16,
+                2,
+                ([32, 1], &[(2, 16), (2, 8), (2, 128)]),
+                ([16, 1], &[(2, 8), (2, 64)]),
+                c_16,
+            ),
+            (
+                "m16n8k32 s8",
+                16,
+                4,
+                ([64, 1], &[(4, 16), (2, 8), (2, 256)]),
+                ([32, 1], &[(4, 8), (2, 128)]),
+                c_16,
+            ),
+            ("m16n8k16 s8", 16, 4, ([64, 1], &[(4, 16), (2, 8)]), ([32, 1], &[(4, 8)]), c_16),
+            ("m8n8k16 s8", 8, 4, ([32, 1], &[(4, 8)]), ([32, 1], &[(4, 8)]), ([16, 1], &[(2, 8)])),
+        ];
+        let count = |values: Values| values.iter().map(|v| v.0).product::<usize>();
+        for (name, m, n, a, b, c) in shapes {
+            for lane in 0..32 {
+                for v in 0..count(a.1) {
+                    let (row, k) = place(lane, v / n, v % n, n, true);
+                    assert_eq!(row + m * k, at(a.0, a.1, lane, v), "{name}: A, lane {lane}, value {v}");
+                }
+                for v in 0..count(b.1) {
+                    let (col, k) = place(lane, v / n, v % n, n, false);
+                    assert_eq!(col + 8 * k, at(b.0, b.1, lane, v), "{name}: B, lane {lane}, value {v}");
+                }
+                for v in 0..count(c.1) {
+                    let (row, col) = result(lane, v);
+                    assert_eq!(row + m * col, at(c.0, c.1, lane, v), "{name}: C, lane {lane}, value {v}");
+                }
+            }
+        }
+    }
+
+    /// The same of ldmatrix (copy_traits_sm75.hpp, SM75_U32x4_LDSM_N and SM75_U16x8_LDSM_T), in bits of a matrix.
+    #[test]
+    fn matrices_are_spread_as_in_cutlass() {
+        let rows: [[u8; 16]; 8] = std::array::from_fn(|r| std::array::from_fn(|b| (16 * r + b) as u8));
+        let element = |bit: usize| u64::from(u16::from_le_bytes([(bit / 8) as u8, (bit / 8 + 1) as u8]));
+        let (plain, turned) = (spread(&rows, false), spread(&rows, true));
+        for lane in 0..32 {
+            assert_eq!(plain[lane], element(32 * lane) | element(32 * lane + 16) << 16, "lane {lane}");
+            let first = 256 * (lane % 4) + 16 * (lane / 4);
+            assert_eq!(turned[lane], element(first) | element(first + 128) << 16, "lane {lane}, turned");
+        }
+    }
 
     #[test]
     fn sums_are_cut() {

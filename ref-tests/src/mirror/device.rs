@@ -29,10 +29,11 @@ fn say(line: &str) {
 /// The number of the GPU that `RSINFER_TEST_GPU=cuda:N` asks for, if it is there; says once which, or why not.
 ///
 /// # Panics
-/// For a value that is no `cuda:N`.
+/// For a value that is no `cuda:N`; without that GPU where `RSINFER_TEST_GPU_REPORT` asks for a report.
 pub fn asked() -> Option<usize> {
-    static ASKED: OnceLock<Option<usize>> = OnceLock::new();
-    *ASKED.get_or_init(|| {
+    // Held for good: each test opens it anew, which takes no time while its context stays.
+    static ASKED: OnceLock<Option<(usize, Box<dyn Gpu>)>> = OnceLock::new();
+    let asked = ASKED.get_or_init(|| {
         let Ok(name) = std::env::var("RSINFER_TEST_GPU") else {
             say("no GPU was asked for (RSINFER_TEST_GPU=cuda:0): the PTX interpreter alone");
             return None;
@@ -40,14 +41,19 @@ pub fn asked() -> Option<usize> {
         let index =
             name.strip_prefix("cuda:").and_then(|n| n.parse().ok()).expect("RSINFER_TEST_GPU is cuda:N");
         match open(index) {
-            Ok(gpu) => say(&format!("{name}: {}", gpu.info())),
+            Ok(gpu) => {
+                say(&format!("{name}: {}", gpu.info()));
+                Some((index, gpu))
+            }
+            // Whoever wants a report wants a GPU.
+            Err(e) if std::env::var_os("RSINFER_TEST_GPU_REPORT").is_some() => panic!("{name}: {e}"),
             Err(e) => {
                 say(&format!("{name} is not here, the PTX interpreter alone: {e}"));
-                return None;
+                None
             }
         }
-        Some(index)
-    })
+    });
+    asked.as_ref().map(|a| a.0)
 }
 
 /// The GPU to mirror tests on, where one was asked for.

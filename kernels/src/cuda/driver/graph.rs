@@ -61,10 +61,6 @@ struct Memcpy {
     depth: usize,
 }
 
-// As the C compiler lays them out where pointers have 64 bits.
-#[cfg(target_pointer_width = "64")]
-const _: () = assert!(size_of::<KernelNode>() == 72 && size_of::<Side>() == 88 && size_of::<Memcpy>() == 200);
-
 impl Side {
     const HOST: c_uint = 1;
     const DEVICE: c_uint = 2;
@@ -262,5 +258,27 @@ impl Driver {
         all.into_iter().flatten().for_each(|g| drop(self.destroy(g)));
         // The graphs that read it are gone.
         self.unpin(staged);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::mem::offset_of;
+
+    /// As `sizeof` and `offsetof` of cuda.h (CUDA 12.9) say, printed by gcc for x86-64.
+    #[test]
+    fn structures_are_laid_out_as_in_c() {
+        macro_rules! places {
+            ($ty:ty, $size:literal: $($field:ident $at:literal)*) => {
+                assert_eq!(size_of::<$ty>(), $size);
+                $(assert_eq!(offset_of!($ty, $field), $at, concat!(stringify!($ty), ".", stringify!($field)));)*
+            };
+        }
+        places!(KernelNode, 72: function 0 grid 8 block 20 shared 32 params 40 extra 48 kernel 56 context 64);
+        places!(Side, 88: x 0 y 8 z 16 level 24 kind 32 host 40 device 48 array 56 reserved 64 pitch 72 height 80);
+        places!(Memcpy, 200: from 0 to 88 width 176 height 184 depth 192);
+        // CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE.
+        assert_eq!((Side::HOST, Side::DEVICE), (1, 2));
     }
 }

@@ -1,20 +1,28 @@
-//! Memory of the host that the driver has pinned: copies from it run beside the program. Weights go through two pieces of it in turns.
+//! Memory of the host that the driver has pinned: copies from it run beside the program, and what they read stays until they have. All that
+//! goes to the GPU outside of graphs goes through two pieces of it in turns: of other memory an asynchronous copy may read when its caller
+//! has long changed it ("CUDA Driver API", "API synchronization behavior").
 
 use super::{Driver, Handle};
-use crate::cuda::gpu::{GpuError, PIECE, piece_by_piece};
+use crate::cuda::gpu::{Gpu, GpuError, PIECE, piece_by_piece};
 use std::ptr;
 
-/// Two pieces of [`PIECE`] bytes, and events: what was copied last from each is over.
+/// Two pieces of [`PIECE`] bytes, and events: what was copied from each is over.
 pub(super) struct Pieces {
     at: [*mut u8; 2],
     over: [Handle; 2],
+    /// The one that is filled, and how far.
+    now: usize,
+    used: usize,
 }
 
 impl Default for Pieces {
     fn default() -> Self {
-        Self { at: [ptr::null_mut(); 2], over: [ptr::null_mut(); 2] }
+        Self { at: [ptr::null_mut(); 2], over: [ptr::null_mut(); 2], now: 0, used: 0 }
     }
 }
+
+/// Copies in a piece begin at multiples of this.
+const ALIGN: usize = 256;
 
 impl Driver {
     /// Pinned memory of so many zeros.
@@ -48,7 +56,51 @@ impl Driver {
         Ok(())
     }
 
-    /// See `Gpu::stream`. Where nothing can be pinned, through memory that is not.
+    /// Room for `bytes` (at most [`PIECE`]) that no copy reads any more.
+    fn room<'a>(&self, p: &'a mut Pieces, bytes: usize) -> Result<&'a mut [u8], GpuError> {
+        if p.used + bytes > PIECE {
+            // SAFETY: an event and the stream of the same context.
+            self.call("cuEventRecord", |api| unsafe { (api.record)(p.over[p.now], self.stream) })?;
+            (p.now, p.used) = (1 - p.now, 0);
+            // SAFETY: an event of `make`; one that was never recorded is over.
+            self.call("cuEventSynchronize", |api| unsafe { (api.wait)(p.over[p.now]) })?;
+        }
+        // SAFETY: pinned, initialised, within the piece and behind all that copies under way read; `p` is borrowed as long.
+        Ok(unsafe { std::slice::from_raw_parts_mut(p.at[p.now].add(p.used), bytes) })
+    }
+
+    /// Copies to `at` the first `bytes` of what [`Self::room`] gave.
+    fn send(&self, p: &mut Pieces, at: u64, bytes: usize) -> Result<(), GpuError> {
+        // SAFETY: reads pinned memory that stays as it is until `room` has waited for the piece's event.
+        self.call("cuMemcpyHtoDAsync", |api| unsafe {
+            (api.write)(at, p.at[p.now].add(p.used).cast(), bytes, self.stream)
+        })?;
+        p.used = (p.used + bytes).next_multiple_of(ALIGN);
+        Ok(())
+    }
+
+    /// See `Gpu::write`. Where nothing can be pinned the copy is waited for.
+    pub(super) fn write_pieces(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError> {
+        let p = &mut *self.pieces.lock().unwrap_or_else(|e| e.into_inner());
+        match self.make(p) {
+            Ok(()) => {}
+            Err(e @ GpuError::Lost { .. }) => return Err(e),
+            Err(_) => {
+                // SAFETY: `bytes` outlive the wait.
+                self.call("cuMemcpyHtoDAsync", |api| unsafe {
+                    (api.write)(at, bytes.as_ptr().cast(), bytes.len(), self.stream)
+                })?;
+                return self.synchronize();
+            }
+        }
+        for (i, some) in bytes.chunks(PIECE).enumerate() {
+            self.room(p, some.len())?.copy_from_slice(some);
+            self.send(p, at + (i * PIECE) as u64, some.len())?;
+        }
+        Ok(())
+    }
+
+    /// See `Gpu::stream`.
     pub(super) fn stream_pieces(
         &self,
         mut at: u64,
@@ -59,28 +111,21 @@ impl Driver {
         match self.make(&mut pieces) {
             Err(e @ GpuError::Lost { .. }) => return Err(e),
             Ok(()) if least <= PIECE => {}
-            _ => return piece_by_piece(self, at, least, fill),
-        }
-        for i in [0, 1].into_iter().cycle() {
-            let over = pieces.over[i];
-            // SAFETY: an event of `make`; one that was never recorded is over.
-            self.call("cuEventSynchronize", |api| unsafe { (api.wait)(over) })?;
-            // SAFETY: pinned, initialised, and read by no copy any more; the lock is held, so that there is no other reference.
-            let piece = unsafe { std::slice::from_raw_parts_mut(pieces.at[i], PIECE) };
-            let n = fill(piece);
-            if n == 0 {
-                break;
+            _ => {
+                drop(pieces);
+                return piece_by_piece(self, at, least, fill);
             }
-            let some = &piece[..n];
-            // SAFETY: reads pinned memory that stays as it is until the event.
-            self.call("cuMemcpyHtoDAsync", |api| unsafe {
-                (api.write)(at, some.as_ptr().cast(), n, self.stream)
-            })?;
-            // SAFETY: an event and the stream of the same context.
-            self.call("cuEventRecord", |api| unsafe { (api.record)(over, self.stream) })?;
+        }
+        loop {
+            let piece = self.room(&mut pieces, PIECE)?;
+            let n = fill(piece);
+            let n = piece[..n].len();
+            if n == 0 {
+                return Ok(());
+            }
+            self.send(&mut pieces, at, n)?;
             at += n as u64;
         }
-        Ok(())
     }
 
     /// Gives the pieces back; nothing is copied any more.
