@@ -47,7 +47,7 @@ struct Args {
     /// Everything that was found, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Tests at a time [default: all cores]
+    /// Tests at a time [default: cores, at most 16 and one for each GiB that the GPU has free]
     #[arg(short, long, value_name = "N")]
     threads: Option<usize>,
     /// Where the test programs lie [default: tests beside this program, or where cargo puts them]
@@ -101,7 +101,9 @@ fn run(args: &Args) -> Result<ExitCode> {
     }
     let start = Instant::now();
     let deadline = start + Duration::from_secs_f64(60.0 * args.minutes);
-    let info = kernels::cuda::open(index)?.info();
+    let gpu = kernels::cuda::open(index)?;
+    let (info, (free, _)) = (gpu.info(), gpu.memory()?);
+    drop(gpu);
     let driver = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
     let driver = driver.lines().next().unwrap_or("unknown driver").trim().to_owned();
     let head = format!("{}: {info}; {driver}; {}", args.device, jiff::Zoned::now().strftime("%F %H:%M"));
@@ -110,7 +112,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     let made = (args.what != What::Check).then(|| Made::begin(args)).transpose()?;
     let mut found = Found { head, json: args.json.clone(), ..Found::default() };
     if args.what != What::Time {
-        found.checked = Some(check(args, deadline)?);
+        found.checked = Some(check(args, deadline, free)?);
         found.save()?;
     }
     if let Some(made) = made {
@@ -168,7 +170,14 @@ fn beside(name: &str, or: impl FnOnce(&Path) -> PathBuf) -> Result<PathBuf> {
     Ok(if here.is_dir() { here } else { or(folder) })
 }
 
-fn check(args: &Args, deadline: Instant) -> Result<Checked> {
+/// Processes that share a GPU well enough, and what each takes of its memory: a context, kernels, a tiny model.
+const SHARING: usize = 16;
+const CONTEXT: u64 = 1 << 30;
+
+/// `free`: bytes of the GPU's memory.
+fn check(args: &Args, deadline: Instant, free: u64) -> Result<Checked> {
+    let cores = std::thread::available_parallelism().map_or(1, Into::into);
+    let threads = cores.min(SHARING).min((free / CONTEXT) as usize).max(1);
     let fixtures = || {
         let here = std::path::absolute("ref-tests/fixtures").unwrap_or_default();
         if here.is_dir() { here } else { Path::new(env!("CARGO_MANIFEST_DIR")).join("../ref-tests/fixtures") }
@@ -177,7 +186,7 @@ fn check(args: &Args, deadline: Instant) -> Result<Checked> {
         device: args.device.clone(),
         programs: args.tests.clone().map_or_else(|| beside("tests", |f| f.join("deps")), Ok)?,
         fixtures: args.fixtures.clone().map_or_else(|| beside("fixtures", |_| fixtures()), Ok)?,
-        threads: args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into)),
+        threads: args.threads.unwrap_or(threads),
         deadline,
         patience: Duration::from_secs_f64(args.patience),
         only: args.only.clone(),

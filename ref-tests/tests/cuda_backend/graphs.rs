@@ -1,8 +1,11 @@
 //! Decoding as graphs: one run and one wait a token, whatever the model, with the bits of launches one by one; and what becomes of refusals.
 
-use crate::interpreted;
 use crate::models::{load, options};
+use crate::{asked, device, gpu, interpreted, open};
 use engine::{Context, Rows, Session, SessionOptions};
+use kernels::Device;
+use kernels::cuda::modules::Ptx;
+use kernels::cuda::{Arg, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, Step};
 use quant::DType;
 use ref_tests::gpu::{Counts, Fault, Interpreted};
 use ref_tests::{fixture, read_tokens};
@@ -120,4 +123,82 @@ fn several_sequences_share_graphs() {
     assert_eq!((counts.graphs, counts.runs, counts.waits), (1, 2, 3));
     drop((context, model, dev));
     assert_eq!(on.held(), 0);
+}
+
+/// A GPU that knows no graphs.
+struct Plain(Box<dyn Gpu>);
+
+fn none<T>() -> Result<T, GpuError> {
+    Err(GpuError::Driver { call: "graph", why: "a test's GPU has none".into() })
+}
+
+impl Gpu for Plain {
+    fn info(&self) -> GpuInfo {
+        self.0.info()
+    }
+    fn memory(&self) -> Result<(u64, u64), GpuError> {
+        self.0.memory()
+    }
+    fn alloc(&self, bytes: usize) -> Result<u64, GpuError> {
+        self.0.alloc(bytes)
+    }
+    fn free(&self, at: u64) -> Result<(), GpuError> {
+        self.0.free(at)
+    }
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), GpuError> {
+        self.0.zero(at, bytes)
+    }
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError> {
+        self.0.write(at, bytes)
+    }
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
+        self.0.read(at, bytes)
+    }
+    fn load(&self, module: &Ptx) -> Result<(), GpuError> {
+        self.0.load(module)
+    }
+    fn kernel(&self, module: &str, entry: &str) -> Result<KernelId, GpuError> {
+        self.0.kernel(module, entry)
+    }
+    fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
+        self.0.launch(kernel, launch, args)
+    }
+    fn synchronize(&self) -> Result<(), GpuError> {
+        self.0.synchronize()
+    }
+    fn graph(&self, _: &[Step<'_>]) -> Result<GraphId, GpuError> {
+        none()
+    }
+    fn change(&self, _: GraphId, _: usize, _: Launch, _: &[Arg]) -> Result<(), GpuError> {
+        none()
+    }
+    fn run(&self, _: GraphId, _: &[u8]) -> Result<(), GpuError> {
+        none()
+    }
+    fn forget(&self, _: GraphId) -> Result<(), GpuError> {
+        none()
+    }
+}
+
+/// On a GPU, of many tokens: steps that wrongly ran beside one another would show in some of them. The same kernels launched one by one are
+/// what the other tests hold against the interpreter.
+#[test]
+fn graphs_have_the_bits_of_launches() {
+    let (n, plain): (usize, Box<dyn Gpu>) = match asked() {
+        Some(index) => (300, open(index)),
+        None => (4, Box::new(Interpreted::mirrored(1 << 30))),
+    };
+    let plain = device(Box::new(Plain(plain)));
+    for name in ["llama3", "gemma3", "qwen3moe", "deepseek2-v3"] {
+        let tokens: Vec<u32> = (0..n as u32).map(|i| 1 + i % 7).collect();
+        let decode = |dev: Device| {
+            let mut session =
+                Session::new(&load(name, Some(dev.into())), &options(320, 8, DType::F16)).expect("a session");
+            tokens.iter().map(|t| session.eval(&[*t]).expect("a token").to_vec()).collect::<Vec<_>>()
+        };
+        let (graphs, launches) = (decode(gpu()), decode(plain.clone()));
+        for (i, (a, b)) in graphs.iter().zip(&launches).enumerate() {
+            assert!(a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())), "{name}, token {i}");
+        }
+    }
 }

@@ -14,7 +14,6 @@ use kernels::Device;
 use kernels::cuda::{CudaBackend, Gpu};
 use ref_tests::gpu::Interpreted;
 use ref_tests::mirror;
-use std::sync::OnceLock;
 
 /// A device on a fresh interpreter with a GiB.
 pub(crate) fn interpreted() -> (Device, Interpreted) {
@@ -22,16 +21,21 @@ pub(crate) fn interpreted() -> (Device, Interpreted) {
     (gpu.device().expect("the kernels load"), gpu)
 }
 
+/// The number of the GPU that computes in the interpreter's place, if any is to.
+fn asked() -> Option<usize> {
+    mirror::asked().filter(|_| std::env::var_os("RSINFER_TEST_GPU_MIRROR").is_none())
+}
+
+fn open(index: usize) -> Box<dyn Gpu> {
+    kernels::cuda::open(index).unwrap_or_else(|e| panic!("cuda:{index}: {e}"))
+}
+
+fn device(gpu: Box<dyn Gpu>) -> Device {
+    Device::new(CudaBackend::new(gpu, "cuda").expect("the kernels load"))
+}
+
 /// A device to compute on: the GPU that is asked for, or else an interpreter. With `RSINFER_TEST_GPU_MIRROR` the interpreter computes, and
 /// the GPU beside it, launch by launch: where a result of the GPU's is wrong, that says which kernel's.
 pub(crate) fn gpu() -> Device {
-    let Some(index) = mirror::asked().filter(|_| std::env::var_os("RSINFER_TEST_GPU_MIRROR").is_none())
-    else {
-        return Interpreted::mirrored(1 << 30).device().expect("the kernels load");
-    };
-    let open = || kernels::cuda::open(index).unwrap_or_else(|e| panic!("cuda:{index}: {e}"));
-    // A context with no user goes, and to make one takes long.
-    static KEPT: OnceLock<Box<dyn Gpu>> = OnceLock::new();
-    KEPT.get_or_init(open);
-    Device::new(CudaBackend::new(open(), &format!("cuda:{index}")).expect("the kernels load"))
+    device(asked().map_or_else(|| Box::new(Interpreted::mirrored(1 << 30)) as Box<dyn Gpu>, open))
 }
