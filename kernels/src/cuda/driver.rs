@@ -406,11 +406,7 @@ impl Gpu for Driver {
         if bytes.is_empty() {
             return Ok(());
         }
-        // SAFETY: writes `bytes`, which outlive the wait below; a copy that the driver refused writes nothing.
-        self.call("cuMemcpyDtoHAsync", |api| unsafe {
-            (api.read)(bytes.as_mut_ptr().cast(), at, bytes.len(), self.stream)
-        })?;
-        self.synchronize()
+        self.read_pieces(at, bytes)
     }
 
     fn load(&self, module: &Ptx) -> Result<(), GpuError> {

@@ -1,6 +1,6 @@
 //! Memory of the host that the driver has pinned: copies from it run beside the program, and what they read stays until they have. All that
-//! goes to the GPU outside of graphs goes through two pieces of it in turns: of other memory an asynchronous copy may read when its caller
-//! has long changed it ("CUDA Driver API", "API synchronization behavior").
+//! goes to the GPU outside of graphs, or comes from it, goes through two pieces of it in turns: of other memory an asynchronous copy may
+//! read when its caller has long changed it ("CUDA Driver API", "API synchronization behavior").
 
 use super::{Driver, Handle};
 use crate::cuda::gpu::{Gpu, GpuError, PIECE, piece_by_piece};
@@ -96,6 +96,31 @@ impl Driver {
         for (i, some) in bytes.chunks(PIECE).enumerate() {
             self.room(p, some.len())?.copy_from_slice(some);
             self.send(p, at + (i * PIECE) as u64, some.len())?;
+        }
+        Ok(())
+    }
+
+    /// See `Gpu::read`: pinned memory takes a copy many times as fast. Where nothing can be pinned, directly.
+    pub(super) fn read_pieces(&self, at: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
+        let p = &mut *self.pieces.lock().unwrap_or_else(|e| e.into_inner());
+        let copy = |at: u64, to: &mut [u8]| {
+            // SAFETY: writes `to`, which outlives the wait; a copy that the driver refused writes nothing.
+            self.call("cuMemcpyDtoHAsync", |api| unsafe {
+                (api.read)(to.as_mut_ptr().cast(), at, to.len(), self.stream)
+            })?;
+            self.synchronize()
+        };
+        match self.make(p) {
+            Ok(()) => {}
+            Err(e @ GpuError::Lost { .. }) => return Err(e),
+            Err(_) => return copy(at, bytes),
+        }
+        for (i, some) in bytes.chunks_mut(PIECE).enumerate() {
+            let here = self.room(p, some.len())?;
+            copy(at + (i * PIECE) as u64, here)?;
+            some.copy_from_slice(here);
+            // All copies are over.
+            p.used = 0;
         }
         Ok(())
     }
