@@ -37,6 +37,8 @@ ONLY = {"mla_f16_sm80": [80, 90, 100]}
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]
     + [(f"matvec_{f.lower()}", "float.cu", f, 75) for f in FLOATS]
+    + [(f"skinny_{f.lower()}", "skinny.cu", f, 75) for f in QUANTISED]
+    + [(f"skinny_{f.lower()}_sm80", "skinny.cu", f, 80) for f in QUANTISED]
     + [(f"matmul_{f.lower()}", "matmul.cu", f, 75) for f in QUANTISED]
     + [(f"matmul_{f.lower()}_sm80", "matmul.cu", f, 80) for f in QUANTISED]
     + [(f"matmul_{f.lower()}", "matmul_float.cu", f, 75) for f in FLOATS]

@@ -2,8 +2,10 @@
 //! by `Device`; what is checked here is what the kernels themselves ask for. Knows addresses and strides; nothing of what is computed.
 
 mod rows;
+mod skinny;
 
 pub use rows::choices;
+pub use skinny::Skinny;
 
 use super::gpu::{Arg, Counted, GpuError, GpuInfo, KernelId, Launch};
 use super::layout;
@@ -12,11 +14,13 @@ use super::operands::{Cache, Floats, Gqa, Input, Jobs, Lists, Matrix, Product, S
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
 use std::collections::HashMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Columns that a product takes at once without tensor cores.
 pub const COLUMNS: usize = 8;
+/// Columns of weights in blocks where tensor cores need less than multiply-adds do, and weights are the load.
+const SKINNY: RangeInclusive<usize> = 2..=TILE_COLUMNS;
 /// Blocks along y and z of a grid.
 const MAX_YZ: usize = 65_535;
 /// Value dimensions of a head at most: attention.cu, DIMS x THREADS.
@@ -65,8 +69,19 @@ pub(super) fn many_outputs(
     ])
 }
 
-/// The entry for so many columns.
-fn for_columns(entries: [&'static str; 4], x: Input, jobs: Option<(u64, usize)>) -> &'static str {
+/// What kernels for few columns are told of up to three products.
+fn three(products: &[Product]) -> Result<Vec<Arg>, KernelError> {
+    let of = |i: usize| -> Result<[Arg; 6], KernelError> {
+        Ok(match products.get(i) {
+            Some(m) => [p(m.w.at), n(m.w.rows)?, p(m.bias), p(m.out.at), n(m.out.stride)?, flag(m.add)],
+            None => [p(0), n(0)?, p(0), p(0), n(0)?, flag(false)],
+        })
+    };
+    Ok([of(0)?, of(1)?, of(2)?].concat())
+}
+
+/// The entry for so many columns, and the rows that a warp of it makes.
+fn for_columns<T: Copy>(entries: [T; 4], x: Input, jobs: Option<(u64, usize)>) -> T {
     entries[jobs.map_or(x.float.rows, |_| 1).next_power_of_two().ilog2() as usize]
 }
 
@@ -292,22 +307,23 @@ impl Launcher {
         Ok((rounded.at, rounded.stride))
     }
 
-    /// Products that share an input, on tensor cores where there are many columns.
+    /// Products that share an input: up to three of one format in a launch where columns are few.
     pub fn products(&self, products: &[Product], x: Input) -> Result<(), KernelError> {
-        let many = |p: &Product| self.matmul(*p, x, None, None);
-        match x.float.rows {
-            0 => Ok(()),
-            1..=COLUMNS => {
-                let (split, mut left): (Vec<Product>, Vec<Product>) =
-                    products.iter().partition(|p| x.split(p.w.dtype).is_some());
-                split.iter().try_for_each(many)?;
-                // Up to three of one format in a launch.
-                left.sort_by_key(|p| p.w.dtype.name());
-                let alike = left.chunk_by(|a, b| a.w.dtype == b.w.dtype);
-                alike.flat_map(|p| p.chunks(3)).try_for_each(|some| self.few(some, x, None))
-            }
-            _ => products.iter().try_for_each(many),
+        if x.float.rows == 0 {
+            return Ok(());
         }
+        let (mut few, many): (Vec<Product>, Vec<Product>) =
+            products.iter().partition(|p| Self::takes_few(p.w, &x));
+        many.into_iter().try_for_each(|p| self.matmul(p, x, None, None))?;
+        few.sort_by_key(|p| p.w.dtype.name());
+        let alike = few.chunk_by(|a, b| a.w.dtype == b.w.dtype);
+        alike.flat_map(|p| p.chunks(3)).try_for_each(|some| self.few(some, x, None))
+    }
+
+    /// Whether the columns are few for such weights: [`Launcher::few`] takes them.
+    fn takes_few(w: Matrix, x: &Input) -> bool {
+        let most = if layout::rounds(w.dtype) { *SKINNY.end() } else { COLUMNS };
+        x.float.rows <= most && x.split(w.dtype).is_none()
     }
 
     /// One product of the rows that `jobs` makes; with `up`, of W's format, `act(W x) * (up x)`.
@@ -324,7 +340,7 @@ impl Launcher {
             (Jobs::One, None) => self.products(&[made], x),
             (Jobs::One, Some(up)) => match made.out.rows {
                 0 => Ok(()),
-                1..=COLUMNS if x.split(made.w.dtype).is_none() => self.few_gated(made, up, x, None),
+                _ if Self::takes_few(made.w, &x) => self.few_gated(made, up, x, None),
                 _ => self.matmul(made, x, None, Some(up)),
             },
         }
@@ -352,19 +368,16 @@ impl Launcher {
         Ok(())
     }
 
-    /// One launch for up to three products of one format, of at most [`COLUMNS`] columns, or one each for jobs by expert.
+    /// One launch for up to three products of one format, or one for each of some jobs by expert.
     fn few(&self, products: &[Product], x: Input, jobs: Option<(u64, usize)>) -> Result<(), KernelError> {
         let w = products[0].w;
-        let mut args = Vec::with_capacity(26);
-        for i in 0..3 {
-            args.extend(match products.get(i) {
-                Some(m) => [p(m.w.at), n(m.w.rows)?, p(m.bias), p(m.out.at), n(m.out.stride)?, flag(m.add)],
-                None => [p(0), n(0)?, p(0), p(0), n(0)?, flag(false)],
-            });
+        if jobs.is_none() && layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) {
+            return self.skinny(products, x, None);
         }
-        args.extend(self.few_inputs(w, x, jobs)?);
-        let entry = for_columns(["matvec_1", "matvec_2", "matvec_4", "matvec_8"], x, jobs);
-        let blocks = products.iter().map(|p| p.w.rows.div_ceil(4)).sum();
+        let args = [three(products)?, self.few_inputs(w, x, jobs)?.to_vec()].concat();
+        let entries = [("matvec_1", 1), ("matvec_2", 1), ("matvec_4", 2), ("matvec_8", 4)];
+        let (entry, each) = for_columns(entries, x, jobs);
+        let blocks = products.iter().map(|p| p.w.rows.div_ceil(4 * each)).sum();
         let grid = [blocks, jobs.map_or(1, |_| products[0].out.rows), 1];
         self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
     }
@@ -372,16 +385,21 @@ impl Launcher {
     /// The same of gate and up, with the activation.
     fn few_gated(
         &self,
-        Product { w, out, .. }: Product,
+        made: Product,
         (up, act): (Matrix, Activation),
         x: Input,
         jobs: Option<(u64, usize)>,
     ) -> Result<(), KernelError> {
+        let Product { w, out, .. } = made;
+        if jobs.is_none() && layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) {
+            return self.skinny(&[made], x, Some((up, act)));
+        }
         let act = flag(act == Activation::GeluTanh);
         let made = [p(w.at), p(up.at), n(w.rows)?, act, p(out.at), n(out.stride)?];
         let args = [&made[..], &self.few_inputs(w, x, jobs)?].concat();
-        let entry = for_columns(["gate_1", "gate_2", "gate_4", "gate_8"], x, jobs);
-        let grid = [w.rows.div_ceil(4), jobs.map_or(1, |_| out.rows), 1];
+        let entries = [("gate_1", 1), ("gate_2", 1), ("gate_4", 1), ("gate_8", 2)];
+        let (entry, each) = for_columns(entries, x, jobs);
+        let grid = [w.rows.div_ceil(4 * each), jobs.map_or(1, |_| out.rows), 1];
         self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
     }
 
@@ -426,13 +444,12 @@ impl Launcher {
             return self.matmul_split(made, split, jobs, up);
         }
         let (at, stride) = self.input(&w, &x)?;
-        // What a block makes. Where weights are the load, smaller ones, of which there are more.
+        // What a block makes.
         let halves = if up.is_some() { 2 } else { 1 };
         let wide = wide_columns(w.dtype);
         let large = jobs.is_none() && self.capability >= (8, 0);
         let large = large && out.rows.div_ceil(wide) * w.rows.div_ceil(64 / halves) >= MANY_BLOCKS;
         let (entry, features, columns, threads, shared) = match layout::rounds(w.dtype) {
-            true if jobs.is_none() && out.rows <= TILE_COLUMNS => ("matmul_16", 16, 16, 256, 0),
             true if large => ("matmul_64", 64, wide, 256, WIDE_SHARED),
             true => ("matmul", 64, TILE_COLUMNS, 512, 0),
             false => ("matmul", 32, TILE_COLUMNS, 256, 0),

@@ -22,3 +22,4 @@ mod split;
 pub use backend::{CudaBackend, kv_bytes, scratch_bytes, weight_bytes};
 pub use driver::{devices, open};
 pub use gpu::{Arg, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, Memory, STAGED, Step};
+pub use launch::Skinny;

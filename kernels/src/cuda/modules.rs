@@ -33,6 +33,10 @@ macro_rules! modules {
 modules! {
     matvec_q4_0 matvec_q4_1 matvec_q5_0 matvec_q5_1 matvec_q8_0 matvec_q2_k matvec_q3_k matvec_q4_k matvec_q5_k matvec_q6_k
     matvec_q8_k matvec_iq4_nl matvec_iq4_xs matvec_mxfp4 matvec_f32 matvec_f16 matvec_bf16
+    skinny_q4_0 skinny_q4_1 skinny_q5_0 skinny_q5_1 skinny_q8_0 skinny_q2_k skinny_q3_k skinny_q4_k skinny_q5_k skinny_q6_k
+    skinny_q8_k skinny_iq4_nl skinny_iq4_xs skinny_mxfp4
+    skinny_q4_0_sm80 skinny_q4_1_sm80 skinny_q5_0_sm80 skinny_q5_1_sm80 skinny_q8_0_sm80 skinny_q2_k_sm80 skinny_q3_k_sm80
+    skinny_q4_k_sm80 skinny_q5_k_sm80 skinny_q6_k_sm80 skinny_q8_k_sm80 skinny_iq4_nl_sm80 skinny_iq4_xs_sm80 skinny_mxfp4_sm80
     matmul_q4_0 matmul_q4_1 matmul_q5_0 matmul_q5_1 matmul_q8_0 matmul_q2_k matmul_q3_k matmul_q4_k matmul_q5_k matmul_q6_k
     matmul_q8_k matmul_iq4_nl matmul_iq4_xs matmul_mxfp4 matmul_f32 matmul_f16 matmul_bf16
     matmul_q4_0_sm80 matmul_q4_1_sm80 matmul_q5_0_sm80 matmul_q5_1_sm80 matmul_q8_0_sm80 matmul_q2_k_sm80 matmul_q3_k_sm80

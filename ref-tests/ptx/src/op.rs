@@ -66,21 +66,21 @@ pub enum Mma {
     F16,
     /// m16n8k16, bf16 inputs, f32 accumulators.
     Bf16,
-    /// m16n8k32, s8 inputs, s32 accumulators.
-    S8,
+    /// m16n8k32 of bytes, s32 accumulators; a is u8 (`unsigned`) or s8, b s8.
+    Bytes { unsigned: bool },
     /// m16n8k16 of the same.
-    S8Half,
+    BytesHalf { unsigned: bool },
     /// m8n8k16 of the same.
-    S8Small,
+    BytesSmall { unsigned: bool },
 }
 
 impl Mma {
     /// Registers of a, b and c.
     pub fn registers(self) -> [usize; 3] {
         match self {
-            Self::F16 | Self::Bf16 | Self::S8 => [4, 2, 4],
-            Self::S8Half => [2, 1, 4],
-            Self::S8Small => [1, 1, 2],
+            Self::F16 | Self::Bf16 | Self::Bytes { .. } => [4, 2, 4],
+            Self::BytesHalf { .. } => [2, 1, 4],
+            Self::BytesSmall { .. } => [1, 1, 2],
         }
     }
 }

@@ -44,21 +44,23 @@ pub fn multiply(kind: Mma, a: &[Lanes], b: &[Lanes], c: &[Lanes]) -> Vec<Lanes> 
     let whole = !matches!(kind, Mma::F16 | Mma::Bf16);
     // Elements in a register, bits of one.
     let (n, bits) = if whole { (4, 8) } else { (2, 16) };
-    let value = |x: u64| match kind {
+    let value = |x: u64, of_a: bool| match kind {
         Mma::F16 => f16::wide(x & 0xffff),
         Mma::Bf16 => bf16::wide(x & 0xffff),
-        _ => f64::from(x as u8 as i8),
+        Mma::Bytes { unsigned } | Mma::BytesHalf { unsigned } | Mma::BytesSmall { unsigned } => {
+            if unsigned && of_a { f64::from(x as u8) } else { f64::from(x as u8 as i8) }
+        }
     };
     let (mut left, mut right) = ([[0.0f64; 32]; 16], [[0.0f64; 32]; 8]);
     for lane in 0..32 {
         for i in 0..n {
             for (r, a) in a.iter().enumerate() {
                 let (row, k) = place(lane, r, i, n, true);
-                left[row][k] = value(a[lane] >> (bits * i));
+                left[row][k] = value(a[lane] >> (bits * i), true);
             }
             for (r, b) in b.iter().enumerate() {
                 let (col, k) = place(lane, r, i, n, false);
-                right[col][k] = value(b[lane] >> (bits * i));
+                right[col][k] = value(b[lane] >> (bits * i), false);
             }
         }
     }

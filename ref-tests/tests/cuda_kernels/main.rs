@@ -9,6 +9,7 @@ mod prompt;
 mod prompt_half;
 mod router;
 mod rows;
+mod skinny;
 mod split;
 mod store;
 

@@ -14,7 +14,12 @@ use quant::{DType, FORMATS};
 
 /// The texts of a format's products: for Turing and, where it is another, for all later GPUs.
 fn texts(dtype: DType) -> Vec<&'static Ptx> {
-    let name = format!("matmul_{}", dtype.name().to_ascii_lowercase());
+    texts_of("matmul", dtype)
+}
+
+/// The same of another kind of kernels.
+pub(crate) fn texts_of(kind: &str, dtype: DType) -> Vec<&'static Ptx> {
+    let name = format!("{kind}_{}", dtype.name().to_ascii_lowercase());
     let mut all: Vec<_> = [75, 80].map(|sm| text_for(&name, sm).unwrap()).into();
     all.dedup_by_key(|t| t.name);
     all
@@ -24,12 +29,9 @@ fn texts(dtype: DType) -> Vec<&'static Ptx> {
 #[derive(Clone, Copy)]
 struct Entry(&'static str, usize, usize, u32);
 
-fn entries(dtype: DType) -> &'static [Entry] {
-    if rounds(dtype) {
-        &[Entry("matmul", 64, 32, 512), Entry("matmul_16", 16, 16, 256)]
-    } else {
-        &[Entry("matmul", 32, 32, 256)]
-    }
+/// For any number of columns.
+fn general(dtype: DType) -> Entry {
+    if rounds(dtype) { Entry("matmul", 64, 32, 512) } else { Entry("matmul", 32, 32, 256) }
 }
 
 /// The largest blocks, for one matrix, which newer texts have.
@@ -130,7 +132,7 @@ fn many_columns_have_the_scalar_kernels_bits() {
                 let fill = [Fill::Random, Fill::Extreme][i % 2];
                 let (bias, add) = (i % 2 == 0, i % 3 == 0);
                 let newer = text.target() >= 80;
-                for entry in entries(f.dtype).iter().copied().chain(newer.then(|| wide(f.dtype))) {
+                for entry in [general(f.dtype)].into_iter().chain(newer.then(|| wide(f.dtype))) {
                     let c = Case { dtype: f.dtype, rows, cols, columns, fill, bias, add };
                     check(text, entry, &c, i as u64);
                 }
@@ -182,9 +184,7 @@ fn jobs_are_sorted_by_expert() {
 fn experts_take_their_rows_in_one_launch() {
     let (experts, tokens, used, d, hidden) = (5, 23, 2, 256, 37);
     for dtype in [DType::Q4_K, DType::Q6_K, DType::Q8_0, DType::Q2_K, DType::MXFP4, DType::F16] {
-        let all = texts(dtype).into_iter().flat_map(|t| entries(dtype).iter().map(move |e| (t, *e)));
-        for (i, (text, entry)) in all.enumerate() {
-            let act = i % 2;
+        for (act, text) in texts(dtype).into_iter().enumerate() {
             let mut rng = Rng(31);
             let mut ids: Vec<u32> =
                 (0..tokens * used).map(|_| (rng.bits() % experts as u64) as u32).collect();
@@ -213,7 +213,7 @@ fn experts_take_their_rows_in_one_launch() {
                 out,
                 add: false,
             };
-            run(&mut gpu, entry, &job);
+            run(&mut gpu, general(dtype), &job);
             let got = gpu.read(out, ids.len() * hidden);
             let want = gated(&ids, [gate, up], dtype, (d, hidden, experts), &x, &q, used, act);
             assert_bits(&got, &want, || format!("{}, activation {act}", text.name));
@@ -233,7 +233,7 @@ fn large_blocks_make_gates() {
         let mut gpu = Gpu::new(text);
         let (_, dx, stride) = input(&mut gpu, dtype, d, &x);
         let [w, up] = [&gate, &up].map(|m| gpu.bytes(&packed(dtype, d, m)));
-        let [want, got] = [entries(dtype)[0], wide(dtype)].map(|entry| {
+        let [want, got] = [general(dtype), wide(dtype)].map(|entry| {
             let out = gpu.room(columns * hidden);
             let (grouped, share, act, bias, add) = ((0, 0, 0), 1, 1, 0, false);
             let x = (dx, stride);
@@ -311,7 +311,7 @@ fn heads_are_experts() {
             out,
             add: false,
         };
-        run(&mut gpu, entries(dtype)[0], &job);
+        run(&mut gpu, general(dtype), &job);
         let got = gpu.read(out, ids.len() * latent);
         let weight = Weight::host(dtype, heads, latent, nope, HostBytes::from_vec(host.clone())).unwrap();
         for h in 0..heads {

@@ -8,20 +8,23 @@ typedef float X;
 
 // Rows of R matrices of one shape (gate and up), which share x: sums[r][c] in every lane.
 template <class F, int C, int R>
-__device__ __forceinline__ void dot_rows(const u8* const (&w)[R], u32 len, const X* x, u32 x_stride, u32 n, float (&sums)[R][C]) {
+__device__ __forceinline__ void dot_rows(const u8* (&w)[R], u32 len, const X* x, u32 x_stride, u32 n, float (&sums)[R][C]) {
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int c = 0; c < C; c++) sums[r][c] = 0.0f;
-    // Eight loads under way for each lane.
+    const X* from[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) from[c] = x + (u64)(c < n ? c : n - 1) * x_stride;
+    // Eight loads under way for each lane. 64 bits, so that they are a constant apart.
 #pragma unroll 8
-    for (u32 i = threadIdx.x % WARP; i < len; i += WARP) {
+    for (u64 i = threadIdx.x % WARP; i < len; i += WARP) {
         float v[R];
 #pragma unroll
         for (int r = 0; r < R; r++) v[r] = F::get(__ldg((const typename F::T*)w[r] + i));
 #pragma unroll
         for (int c = 0; c < C; c++) {
-            const float y = x[(u64)(c < n ? c : n - 1) * x_stride + i];
+            const float y = from[c][i];
 #pragma unroll
             for (int r = 0; r < R; r++) sums[r][c] = fmaf(v[r], y, sums[r][c]);
         }
@@ -33,6 +36,10 @@ __device__ __forceinline__ void dot_rows(const u8* const (&w)[R], u32 len, const
 }
 
 #include "few.cuh"
+// Block formats go to tensor cores from two columns on. Here each weight meets four bytes of every column: rows share what is read of them.
+FEW(2, 1)
+FEW(4, 2)
+FEW(8, 4)
 
 // out[j] = scale * row ids[j] of the table: a grid of (len / 256, jobs), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) embed(

@@ -33,17 +33,3 @@ __device__ __forceinline__ void load_turned(u32 (&d)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(at));
 }
-
-// 16 bytes to the shared address `to`, or zeros.
-__device__ __forceinline__ void copy16_or_zero(u32 to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(live ? 16 : 0));
-}
-
-// Copies so far are a stage.
-__device__ __forceinline__ void stage_begun() { asm volatile("cp.async.commit_group;" : : : "memory"); }
-
-// Waits for all stages but the latest `later`.
-template <int later>
-__device__ __forceinline__ void stages_done() {
-    asm volatile("cp.async.wait_group %0;" : : "n"(later) : "memory");
-}

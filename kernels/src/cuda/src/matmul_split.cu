@@ -65,7 +65,7 @@ __device__ __forceinline__ void matmul(
 #pragma unroll
             for (int l = 0; l < W_COPIES; l++) {
                 const u32 r = row + THREADS / 4 / STRIP * strip * l;
-                copy16_or_zero(to + unit(t / 4 + THREADS / 4 * l, t % 4), from + row_bytes * (r < last ? r : last), k + 8 * (t % 4) < len);
+                copy_or_zero<16, true>(to + unit(t / 4 + THREADS / 4 * l, t % 4), from + row_bytes * (r < last ? r : last), k + 8 * (t % 4) < len);
             }
             to += 64 * ROWS;
 #pragma unroll
@@ -73,7 +73,7 @@ __device__ __forceinline__ void matmul(
 #pragma unroll
                 for (int turn = 0; turn < TURNS; turn++) {
                     const u32 col = t / RUN + THREADS / RUN * l, piece = t % RUN + RUN * turn;
-                    copy16_or_zero(to + 64 * COLS * (piece / 4) + unit(col, piece % 4), x + x_at[col] + 16 * piece, true);
+                    copy_or_zero<16, true>(to + 64 * COLS * (piece / 4) + unit(col, piece % 4), x + x_at[col] + 16 * piece, true);
                 }
         }
         stage_begun();

@@ -12,7 +12,7 @@
 // A group of a tile, as in `Stage`; there are two.
 template <class F>
 struct __align__(16) Wide {
-    typedef Stage<F, 4, 4, 1> S;
+    typedef Stage<F, 4, 4> S;
     static const int COLS = F::KIND == MIN16 ? 32 : S::PAIRS ? 48 : 64; // as registers allow
     u8 w[8][64 * 32 + 16];
     u8 x[8][COLS * 32 + 32];
@@ -26,7 +26,7 @@ template <class F>
 __device__ __forceinline__ void matmul_wide(
     u8* memory, const u8* w, u64 row_bytes, u32 rows, u32 blocks, const Block* x, u32 x_stride, u32 n, const u8* up, u32 act,
     const float* bias, float* out, u32 out_stride, u32 add) {
-    typedef Stage<F, 4, 4, 1> S;
+    typedef Stage<F, 4, 4> S;
     const int MI = 4, COLS = Wide<F>::COLS, J = COLS / 8;
     Wide<F>* const stages = (Wide<F>*)memory;
     __shared__ u32 at[COLS]; // columns' blocks
@@ -39,14 +39,14 @@ __device__ __forceinline__ void matmul_wide(
         const u32 feature = blockIdx.y * made + local % made;
         const u8* from = (local < made ? w : up) + row_bytes * (feature < rows ? feature : 0);
         Sub sub;
-        load_part<F>(sub, feature < rows && i < groups, from, blocks, i, k);
+        load_part<F>(sub, from, blocks, i, k);
         u32 q[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) q[j] = F::ZERO ? (sub.q[j] + 0x01010101u * (128 - F::ZERO)) ^ 0x80808080u : sub.q[j];
         *(uint4*)(s.w[k] + unit(local, 0)) = make_uint4(q[0], q[1], q[2], q[3]);
         *(uint4*)(s.w[k] + unit(local, 1)) = make_uint4(q[4], q[5], q[6], q[7]);
         s.d[k][place] = sub.d;
-        if (S::PAIRS) s.sc[k][place] = __float_as_uint((float)sub.sc[0]) >> 16 | __float_as_uint((float)sub.sc[1]) & 0xffff0000;
+        if (S::PAIRS) s.sc[k][place] = both(sub.sc);
 #pragma unroll
         for (int e = 0; e < S::MINS; e++) s.m[e][k][place] = sub.m[e];
     };
@@ -84,17 +84,16 @@ __device__ __forceinline__ void matmul_wide(
         // Lane 4r + c of a fragment: rows r and r + 8, columns 2c and 2c + 1.
         const u32 r = lane / 4, c = lane % 4;
         u32 fa[MI][4];
-        float2 d[MI], m[S::MINS ? S::MINS : 1][MI];
-        uint2 sc[MI];
+        RowScales scales[MI];
         u32 fb[4];
 #pragma unroll
         for (int mi = 0; mi < MI; mi++) {
             const u32 place = r * (2 * MI) + 2 * mi;
             load_matrices(fa[mi], shared_address(s.w[b] + unit(16 * mi + lane % 16, lane / 16)));
-            d[mi] = *(const float2*)(s.d[b] + place);
-            if (S::PAIRS) sc[mi] = *(const uint2*)(s.sc[b] + place);
+            scales[mi].d = *(const float2*)(s.d[b] + place);
+            if (S::PAIRS) scales[mi].sc = *(const uint2*)(s.sc[b] + place);
 #pragma unroll
-            for (int e = 0; e < S::MINS; e++) m[e][mi] = *(const float2*)(s.m[e][b] + place);
+            for (int e = 0; e < S::MINS; e++) scales[mi].m[e] = *(const float2*)(s.m[e][b] + place);
         }
 #pragma unroll
         for (int j = 0; j < J; j++) {
@@ -103,33 +102,10 @@ __device__ __forceinline__ void matmul_wide(
             // Keeps ptxas from loading so far ahead that registers run out.
             if (S::PAIRS) __syncwarp();
             if (j % 2 == 0) load_matrices(fb, shared_address(s.x[b] + unit(8 * (j + lane / 16) + lane % 8, lane / 8 & 1)));
-            const u32 b0 = fb[j % 2 * 2], b1 = fb[j % 2 * 2 + 1];
+            const float* const x0 = s.scale[8 * j + 2 * c];
 #pragma unroll
-            for (int mi = 0; mi < MI; mi++) {
-                int one[4], two[4];
-                if (S::PAIRS) {
-                    dot16(one, fa[mi][0], fa[mi][1], b0);
-                    dot16(two, fa[mi][2], fa[mi][3], b1);
-                } else {
-                    dot32(one, fa[mi], b0, b1);
-                }
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float* a = s.scale[8 * j + 2 * c + e % 2];
-                    float dot = float_of(one[e]);
-                    if (S::PAIRS) {
-                        const u32 both = e < 2 ? sc[mi].x : sc[mi].y;
-                        dot = fmaf(__int_as_float(both & 0xffff0000), float_of(two[e]), fmaf(__int_as_float(both << 16), dot, 0.0f));
-                    }
-                    float y = fmaf(dot, (e < 2 ? d[mi].x : d[mi].y) * a[b], acc[mi][j][e]);
-                    if (S::MINS == 1) y = fmaf(e < 2 ? m[0][mi].x : m[0][mi].y, a[8 + b], y);
-                    if (S::MINS == 2) {
-                        y = fmaf(e < 2 ? m[0][mi].x : m[0][mi].y, a[8 + 2 * b], y);
-                        y = fmaf(e < 2 ? m[S::MINS - 1][mi].x : m[S::MINS - 1][mi].y, a[9 + 2 * b], y);
-                    }
-                    acc[mi][j][e] = y;
-                }
-            }
+            for (int mi = 0; mi < MI; mi++)
+                add_products<F, false>(acc[mi][j], fa[mi], fb[j % 2 * 2], fb[j % 2 * 2 + 1], scales[mi], x0, x0 + S::SCALES + 4, b);
         }
     }
 
@@ -146,10 +122,7 @@ __device__ __forceinline__ void matmul_wide(
                 image[b * SUM + (8 * (e / 4) + 2 * (lane % 4) + e % 2) * STRIDE + 16 * mi + lane / 4 + 8 * (e / 2 % 2)] =
                     acc[mi][2 * h + e / 4][e % 4];
         __syncthreads();
-        auto sum = [&](u32 c, u32 r) {
-            const float* v = image + c * STRIDE + r;
-            return ((v[0] + v[4 * SUM]) + (v[2 * SUM] + v[6 * SUM])) + ((v[SUM] + v[5 * SUM]) + (v[3 * SUM] + v[7 * SUM]));
-        };
+        auto sum = [&](u32 c, u32 r) { return sum_eight(image + c * STRIDE + r, SUM); };
 #pragma unroll 1
         for (u32 o = t; o < 16 * made; o += WIDE_THREADS) {
             const u32 c = o / made, r = o % made, p = first + 16 * h + c, row = blockIdx.y * made + r;

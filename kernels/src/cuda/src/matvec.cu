@@ -1,8 +1,8 @@
-// Quantised weights times a few rounded activation rows, and rows of an embedding table; one format a compilation (FORMAT).
+// Quantised weights times a rounded activation row, and rows of an embedding table; one format a compilation (FORMAT).
 //
 // A warp makes one output feature. Lane 8g + b takes sub-block b of groups g, g + 4, ...; the eight running sums of
 // docs/numerics.md travel from the lanes of one group to those of the next, so that they meet the groups in order: the bits are
-// those of the CPU's scalar kernel, while 32 lanes load. Every weight is loaded once for all columns.
+// those of the CPU's scalar kernel, while 32 lanes load.
 #include "block.cuh"
 #include "formats.cuh"
 
@@ -21,23 +21,21 @@ __device__ __forceinline__ void add_groups(
         words(v + 4, *(const uint4*)(a.q + 32 * b + 16));
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            float dot = 0.0f, d = 0.0f, sum[2] = {0.0f, 0.0f};
-            if (here) {
-                int lo = 0, hi = 0;
+            int lo = 0, hi = 0;
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    lo = dot4(s[r].q[j], v[j], lo);
-                    hi = dot4(s[r].q[j + 4], v[j + 4], hi);
-                }
-                if (F::ZERO) {
-                    lo -= F::ZERO * a.isum[2 * b];
-                    hi -= F::ZERO * a.isum[2 * b + 1];
-                }
-                dot = F::KIND == PLAIN || F::KIND == MIN ? (float)(lo + hi) : (float)(s[r].sc[0] * lo + s[r].sc[1] * hi);
-                d = s[r].d * a.scale[b];
-                if (F::KIND == MIN) sum[0] = a.sum[b];
-                if (F::KIND == MIN16) sum[0] = a.half[2 * b], sum[1] = a.half[2 * b + 1];
+            for (int j = 0; j < 4; j++) {
+                lo = dot4(s[r].q[j], v[j], lo);
+                hi = dot4(s[r].q[j + 4], v[j + 4], hi);
             }
+            if (F::ZERO) {
+                lo -= F::ZERO * a.isum[2 * b];
+                hi -= F::ZERO * a.isum[2 * b + 1];
+            }
+            const float dot = F::KIND == PLAIN || F::KIND == MIN ? (float)(lo + hi) : (float)(s[r].sc[0] * lo + s[r].sc[1] * hi);
+            const float d = s[r].d * a.scale[b];
+            float sum[2];
+            if (F::KIND == MIN) sum[0] = a.sum[b];
+            if (F::KIND == MIN16) sum[0] = a.half[2 * b], sum[1] = a.half[2 * b + 1];
 #pragma unroll
             for (int step = 0; step < 4; step++) {
                 float t = fmaf(dot, d, sums[r][c]);
@@ -51,7 +49,7 @@ __device__ __forceinline__ void add_groups(
 
 // Rows of R matrices of one shape (gate and up), which share x: sums[r][c] in lane 0.
 template <class F, int C, int R>
-__device__ __forceinline__ void dot_rows(const u8* const (&w)[R], u32 blocks, const X* x, u32 x_stride, u32 n, float (&sums)[R][C]) {
+__device__ __forceinline__ void dot_rows(const u8* (&w)[R], u32 blocks, const X* x, u32 x_stride, u32 n, float (&sums)[R][C]) {
     const u32 g = threadIdx.x % WARP / 8, b = threadIdx.x % 8, groups = F::BLOCK == 256 ? blocks : (blocks + 7) / 8;
 #pragma unroll
     for (int r = 0; r < R; r++)
@@ -64,12 +62,12 @@ __device__ __forceinline__ void dot_rows(const u8* const (&w)[R], u32 blocks, co
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
 #pragma unroll
-            for (int r = 0; r < R; r++) load_part<F>(s[k][r], true, w[r], blocks, at + 4 * k + g, b);
+            for (int r = 0; r < R; r++) load_part<F>(s[k][r], w[r], blocks, at + 4 * k + g, b);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
             const u32 i = at + 4 * k + g;
             // The same for all lanes.
-            if (at + 4 * k < groups) add_groups<F, C, R>(s[k], i < groups, x + (i < groups ? i : 0), b, x_stride, n, sums);
+            if (at + 4 * k < groups) add_groups<F, C, R>(s[k], i < groups, x + min(i, groups - 1), b, x_stride, n, sums);
         }
     }
 #pragma unroll
@@ -102,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(
     const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 8 + threadIdx.x / WARP, job = blockIdx.y;
     if (at >= blocks * (F::BLOCK / 32)) return;
     Sub s;
-    F::load(s, w + row_bytes * ids[job], blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
+    load_sub<F>(s, w + row_bytes * ids[job], blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
     const float y = weight<F>(s, lane);
     out[(u64)job * out_stride + 32 * at + lane] = scale == 1.0f ? y : y * scale;
 }
@@ -119,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(128) transposed(
     float acc = 0.0f;
     for (u32 i = 0; i < n; i++) {
         Sub s;
-        F::load(s, w + row_bytes * i, blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
+        load_sub<F>(s, w + row_bytes * i, blocks, F::BLOCK == 256 ? at / 8 : at, at % 8);
         acc = fmaf(q[i], weight<F>(s, lane), acc);
     }
     out[((u64)blockIdx.z * gridDim.y + h) * 32 * subs + 32 * at + lane] = acc;

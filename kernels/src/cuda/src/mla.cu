@@ -152,7 +152,7 @@ __device__ __forceinline__ void attend_part(
                 const bool rotated = j >= LATENT / 8;
                 const u32 col = 8 * (j + chunk) - (rotated ? LATENT : 0);
                 const bool here = live && col < (rotated ? rope : latent);
-                if (j + COPIERS <= WIDTH / 8 || chunk < 8) copy16_or_zero(at + 16 * j, (rotated ? two : one) + (here ? 2 * col : 0), here);
+                if (j + COPIERS <= WIDTH / 8 || chunk < 8) copy_or_zero<16, true>(at + 16 * j, (rotated ? two : one) + (here ? 2 * col : 0), here);
             }
         }
         if (t == 0) lens[stage] = len | sink << 31;

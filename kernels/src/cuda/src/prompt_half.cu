@@ -65,7 +65,7 @@ __device__ __forceinline__ void attend_tile(
 #pragma unroll 1
                 for (u32 i = t; i < BLOCK * pieces; i += THREADS) {
                     const u32 r = i / pieces, c = i % pieces, slot = ahead.from + r;
-                    copy16_or_zero(at + r * apart + 16 * c, from + from_row * slot + 16 * c, slot >= first && slot < end && 8 * c < width);
+                    copy_or_zero<16, true>(at + r * apart + 16 * c, from + from_row * slot + 16 * c, slot >= first && slot < end && 8 * c < width);
                 }
             };
             rows(to, S::K_ROW, PIECES, key_dim, k, k_row);

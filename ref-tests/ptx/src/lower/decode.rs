@@ -140,12 +140,15 @@ impl Lower<'_> {
                 let kind = match mods[..] {
                     ["sync", "aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"] => Mma::F16,
                     ["sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"] => Mma::Bf16,
-                    ["sync", "aligned", shape, "row", "col", "s32", "s8", "s8", "s32"] => match shape {
-                        "m16n8k32" => Mma::S8,
-                        "m16n8k16" => Mma::S8Half,
-                        "m8n8k16" => Mma::S8Small,
-                        _ => return unknown(),
-                    },
+                    ["sync", "aligned", shape, "row", "col", "s32", a @ ("u8" | "s8"), "s8", "s32"] => {
+                        let unsigned = a == "u8";
+                        match shape {
+                            "m16n8k32" => Mma::Bytes { unsigned },
+                            "m16n8k16" => Mma::BytesHalf { unsigned },
+                            "m8n8k16" => Mma::BytesSmall { unsigned },
+                            _ => return unknown(),
+                        }
+                    }
                     _ => return unknown(),
                 };
                 let d = self.list(&args[0], |o| self.dst(o))?;

@@ -74,11 +74,12 @@ fn half_products() {
     }
 }
 
-/// One shape of byte products: registers of a, b and c.
-fn check_bytes(shape: &str, registers: [usize; 3]) {
-    let a = |r: usize, k: usize| ((31 * r + 17 * k) % 256) as u8 as i8;
-    let b = |k: usize, n: usize| ((13 * k + 41 * n) % 256) as u8 as i8;
-    let four = |f: &dyn Fn(usize) -> i8| u32::from_le_bytes([0, 1, 2, 3].map(|i| f(i) as u8));
+/// One shape of byte products, a of type `ty`: registers of a, b and c.
+fn check_bytes(shape: &str, ty: &str, registers: [usize; 3]) {
+    let a = |r: usize, k: usize| ((31 * r + 17 * k) % 256) as u8;
+    let b = |k: usize, n: usize| ((13 * k + 41 * n) % 256) as u8;
+    let of_a = |a: u8| if ty == "u8" { i32::from(a) } else { i32::from(a as i8) };
+    let four = |f: &dyn Fn(usize) -> u8| u32::from_le_bytes([0, 1, 2, 3].map(f));
     let ra = pack(|l, r| {
         four(&|i| {
             let (row, k) = a_at(l, r, i, 4);
@@ -97,7 +98,7 @@ fn check_bytes(shape: &str, registers: [usize; 3]) {
         |from: usize, n: usize| (from..from + n).map(|i| format!("%r{i}")).collect::<Vec<_>>().join(", ");
     let unused: String = (nc..4).map(|i| format!("mov.u32 %r{}, 0;\n", 1 + i)).collect();
     let body = format!(
-        "{unused}mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32 {{{}}}, {{{}}}, {{{}}}, {{{}}};",
+        "{unused}mma.sync.aligned.{shape}.row.col.s32.{ty}.s8.s32 {{{}}}, {{{}}}, {{{}}}, {{{}}};",
         list(1, nc),
         list(10, na),
         list(10 + na, nb),
@@ -107,17 +108,19 @@ fn check_bytes(shape: &str, registers: [usize; 3]) {
     for (l, got) in got.iter().enumerate() {
         for (r, got) in got[..nc].iter().enumerate() {
             let (row, col) = c_at(l, r);
-            let dot: i32 = (0..16 * nb).map(|k| i32::from(a(row, k)) * i32::from(b(k, col))).sum();
-            assert_eq!(*got as i32, dot + (l * 4 + r) as i32, "{shape}: row {row}, column {col}");
+            let dot: i32 = (0..16 * nb).map(|k| of_a(a(row, k)) * i32::from(b(k, col) as i8)).sum();
+            assert_eq!(*got as i32, dot + (l * 4 + r) as i32, "{shape} of {ty}: row {row}, column {col}");
         }
     }
 }
 
 #[test]
 fn byte_products() {
-    check_bytes("m16n8k32", [4, 2, 4]);
-    check_bytes("m16n8k16", [2, 1, 4]);
-    check_bytes("m8n8k16", [1, 1, 2]);
+    for ty in ["s8", "u8"] {
+        check_bytes("m16n8k32", ty, [4, 2, 4]);
+        check_bytes("m16n8k16", ty, [2, 1, 4]);
+        check_bytes("m8n8k16", ty, [1, 1, 2]);
+    }
 }
 
 #[test]
