@@ -79,9 +79,22 @@ pub enum Fault {
     /// A register that this thread did not write.
     #[error("register {0} is read before it is written")]
     UninitialisedRegister(String),
-    /// `ld.global.nc` of bytes written by this launch.
-    #[error("non-coherent read at {0:#x} of bytes that this launch wrote")]
+    /// `ld.global.nc` of bytes written by this launch, or by one that it may overlap.
+    #[error("non-coherent read at {0:#x} of bytes that this launch, or one it may overlap, wrote")]
     NotReadOnly(u64),
+    /// Before `griddepcontrol.wait`, in a launch that may begin while those before it run: a write, or a read of what one of them wrote.
+    #[error("{access} at {address:#x} before griddepcontrol.wait{}", by.as_ref().map_or(String::new(), |k| format!(", of what {k} wrote")))]
+    Early {
+        /// `read` or `write`.
+        access: &'static str,
+        /// Address.
+        address: u64,
+        /// Of a read: the kernel that wrote there.
+        by: Option<String>,
+    },
+    /// A thread that ends without `griddepcontrol.wait` in such a launch: whoever waits for this grid does not wait for those before it.
+    #[error("ends without griddepcontrol.wait")]
+    NoWait,
     /// Two threads at one place of shared memory with no barrier in between.
     #[error(
         "race at shared address {address:#x}: {access} after thread {other}'s {before} without a barrier"

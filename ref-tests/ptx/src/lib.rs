@@ -31,7 +31,8 @@
 //!
 //! **What ends a launch with an error** that names kernel, line, block and thread: accesses outside an allocation, misaligned, or of
 //! bytes and registers that nothing wrote; `ld.global.nc` of bytes that the same launch wrote; shared memory that two threads
-//! touch, one of them writing, with no barrier in between; reading the target of a `cp.async` before it was waited for; shuffles
+//! touch, one of them writing, with no barrier in between; reading the target of a `cp.async` before it was waited for; in launches that
+//! may overlap those before, writes, or reads of what those wrote, ahead of `griddepcontrol.wait`, and threads that never come to it; shuffles
 //! from lanes that do not take part; barriers and `.sync` instructions that not all of their threads can reach; running on without
 //! end. An instruction or modifier it does not know is an error of `parse`, never ignored.
 //!

@@ -39,7 +39,7 @@ pub struct Stats {
 }
 
 /// A device: global memory and what runs on it.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Machine {
     global: Global,
     limit: Option<u64>,
@@ -72,6 +72,11 @@ impl Machine {
     /// [`PtxError::Host`] if there is none at `address`.
     pub fn free(&mut self, address: u64) -> Result<(), PtxError> {
         self.global.free(address).map_err(|fault| PtxError::Host { address, bytes: 0, fault })
+    }
+
+    /// Addresses and sizes of all allocations.
+    pub fn allocations(&self) -> impl Iterator<Item = (u64, usize)> {
+        self.global.allocations()
     }
 
     /// Copies bytes from the host.
@@ -114,6 +119,45 @@ impl Machine {
         dynamic_shared: usize,
         params: &[Param],
     ) -> Result<Stats, PtxError> {
+        self.run(kernel, grid, block, dynamic_shared, params, false)
+    }
+
+    /// The same of a launch that may begin while the one before it runs, and all that that one may overlap: on a GPU by programmatic
+    /// dependent launch. A thread that has not come to `griddepcontrol.wait` may neither write global memory nor read what those wrote.
+    ///
+    /// # Errors
+    /// As [`Machine::launch`]; and [`Fault::Early`], [`Fault::NoWait`].
+    pub fn launch_overlapping(
+        &mut self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        block: [u32; 3],
+        dynamic_shared: usize,
+        params: &[Param],
+    ) -> Result<Stats, PtxError> {
+        self.run(kernel, grid, block, dynamic_shared, params, true)
+    }
+
+    /// Takes what lies in these allocations for written by a launch that the next may overlap, where it may overlap one.
+    ///
+    /// # Errors
+    /// [`PtxError::Host`] if there is none at an address.
+    pub fn in_flight(&mut self, allocations: &[u64]) -> Result<(), PtxError> {
+        self.global.begin_launch("another kernel", false);
+        let claim =
+            |a: &u64| self.global.claim(*a).map_err(|fault| PtxError::Host { address: *a, bytes: 0, fault });
+        allocations.iter().try_for_each(claim)
+    }
+
+    fn run(
+        &mut self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        block: [u32; 3],
+        dynamic_shared: usize,
+        params: &[Param],
+        overlaps: bool,
+    ) -> Result<Stats, PtxError> {
         let fail = |what: String| Err(PtxError::Launch { kernel: kernel.name.clone(), what });
         let (threads, blocks) = (product(block), product(grid));
         if blocks == 0 || threads == 0 || threads > u64::from(kernel.max_threads.unwrap_or(MAX_THREADS)) {
@@ -136,7 +180,7 @@ impl Machine {
             }
             bytes[*at..at + size].copy_from_slice(&p);
         }
-        self.global.begin_launch();
+        self.global.begin_launch(&kernel.name, overlaps);
         let mut launch = Launch {
             kernel,
             params: &bytes,
@@ -145,6 +189,7 @@ impl Machine {
             at: [0; 3],
             global: &mut self.global,
             shared: Shared::new(kernel.shared_bytes + dynamic_shared),
+            overlaps,
             epoch: 1,
             stats: Stats::default(),
             limit: self.limit.unwrap_or(LIMIT),
@@ -170,7 +215,7 @@ fn run_block(launch: &mut Launch<'_>, warps: &mut [Warp], threads: u32) -> Resul
     launch.shared.clear();
     launch.epoch = 1;
     for (w, warp) in warps.iter_mut().enumerate() {
-        warp.begin((threads - 32 * w as u32).min(32));
+        warp.begin((threads - 32 * w as u32).min(32), launch.overlaps);
     }
     loop {
         let mut barrier: Option<(u32, u32)> = None;

@@ -167,6 +167,10 @@ pub enum Op {
         b: Box<[Src]>,
         c: Box<[Src]>,
     },
+    /// To the second-level cache.
+    Prefetch(Place),
+    /// `griddepcontrol.wait`.
+    WaitForGrids,
     Nothing,
 }
 

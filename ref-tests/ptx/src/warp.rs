@@ -22,6 +22,8 @@ pub struct Launch<'a> {
     pub at: [u32; 3],
     pub global: &'a mut Global,
     pub shared: Shared,
+    /// Launches before it may still run.
+    pub overlaps: bool,
     /// Barriers passed.
     pub epoch: u32,
     pub stats: Stats,
@@ -80,6 +82,8 @@ pub struct Warp {
     local_written: Vec<bool>,
     groups: Vec<Group>,
     alive: u32,
+    /// Lanes that have waited for the launches before, where these may still run.
+    waited: u32,
     epoch: u32,
     copies: Copies,
 }
@@ -110,16 +114,18 @@ impl Warp {
             local_written: vec![false; 32 * kernel.local_bytes],
             groups: Vec::new(),
             alive: 0,
+            waited: 0,
             epoch: 0,
             copies: Copies::default(),
         }
     }
 
-    /// Puts `threads` threads at the start of the kernel.
-    pub fn begin(&mut self, threads: u32) {
+    /// Puts `threads` threads at the start of the kernel; `overlaps`: they have to wait for the launches before.
+    pub fn begin(&mut self, threads: u32, overlaps: bool) {
         self.written.fill(0);
         self.local_written.fill(false);
         self.alive = u32::MAX >> (32 - threads);
+        self.waited = if overlaps { 0 } else { u32::MAX };
         self.groups = vec![Group { pc: 0, lanes: self.alive, wait: Wait::No }];
         self.epoch = 0;
         self.copies.clear();

@@ -43,6 +43,16 @@ impl Lower<'_> {
                 _ => unknown(),
             },
             "membar" | "fence" => Ok(Op::Nothing),
+            "griddepcontrol" => match (&mods[..], args) {
+                (["wait"], []) => Ok(Op::WaitForGrids),
+                // When others may begin changes no result that they may rely on.
+                (["launch_dependents"], []) => Ok(Op::Nothing),
+                _ => unknown(),
+            },
+            "prefetch" => match (&mods[..], args) {
+                (["global", "L2"], [at]) => Ok(Op::Prefetch(self.place(Space::Global, at)?)),
+                _ => unknown(),
+            },
             "activemask" => Ok(Op::ActiveMask(self.dst(&args[0])?)),
             "ld" | "ldu" => self.load(&whole, mods, args),
             "st" => {

@@ -84,10 +84,9 @@ impl Warp {
                     aligned(space, address, size).map_err(|e| (l as u32, e))?;
                     let memory = match space {
                         Space::Shared => launch.shared.atomic(address, size, who),
-                        Space::Global => launch
-                            .global
-                            .read(address, size, false)
-                            .map(|_| ())
+                        Space::Global => self
+                            .may_write(l, address)
+                            .and_then(|()| launch.global.read(address, size, false).map(|_| ()))
                             .and_then(|()| launch.global.write(address, size)),
                         _ => Err(Fault::Value("atomic on local or parameter memory".into())),
                     };
@@ -100,7 +99,17 @@ impl Warp {
                 }
             }
             Op::Branch(to) => return Ok(Flow::Jump(*to, mask)),
-            Op::Exit => return Ok(Flow::Exit(mask)),
+            Op::Exit => match lanes(mask & !self.waited).next() {
+                Some(lane) => return Err((lane as u32, Fault::NoWait)),
+                None => return Ok(Flow::Exit(mask)),
+            },
+            Op::WaitForGrids => self.waited |= mask,
+            Op::Prefetch(at) => {
+                let addresses = self.addresses(launch, at, mask)?;
+                for l in lanes(mask) {
+                    launch.global.raw(addresses[l].1, 1).map_err(|e| (l as u32, e))?;
+                }
+            }
             Op::Barrier => return Ok(Flow::Wait(Wait::Barrier)),
             Op::WarpSync(members) => {
                 if let Some(wait) = self.together(launch, *members, mask)? {
@@ -152,6 +161,7 @@ impl Warp {
                     aligned(Space::Shared, to[l].1, size).map_err(failed)?;
                     aligned(Space::Global, from[l].1, size).map_err(failed)?;
                     let sizes = (size, read[l] as usize);
+                    self.may_read(launch, l, from[l].1, sizes.1.min(size)).map_err(failed)?;
                     let places = (to[l].1, from[l].1);
                     self.copies
                         .start((l as u32, who), places, sizes, launch.global, &mut launch.shared)
@@ -243,6 +253,7 @@ impl Warp {
             let data = match space {
                 Space::Global | Space::Generic => {
                     launch.stats.loaded += total as u64;
+                    self.may_read(launch, l, address, total).map_err(failed)?;
                     launch.global.read(address, total, constant).map_err(failed)?
                 }
                 Space::Shared => launch.shared.read(address, total, who).map_err(failed)?,
@@ -269,6 +280,20 @@ impl Warp {
             self.set(*d, mask, keep, out);
         }
         Ok(())
+    }
+
+    /// What a lane may read before it has waited for the launches before: nothing that these wrote.
+    fn may_read(&self, launch: &Launch<'_>, lane: usize, address: u64, bytes: usize) -> Result<(), Fault> {
+        if self.waited >> lane & 1 == 1 || bytes == 0 {
+            return Ok(());
+        }
+        launch.global.read_early(address, bytes)
+    }
+
+    /// What it may write: nothing, which these may still read or write.
+    fn may_write(&self, lane: usize, address: u64) -> Result<(), Fault> {
+        let early = Fault::Early { access: "write", address, by: None };
+        if self.waited >> lane & 1 == 1 { Ok(()) } else { Err(early) }
     }
 
     fn local_place(
@@ -306,6 +331,7 @@ impl Warp {
             }
             _ => {
                 launch.stats.stored += data.len() as u64;
+                self.may_write(lane, address).map_err(failed)?;
                 launch.global.write(address, data.len()).map_err(failed)?.copy_from_slice(data);
             }
         }

@@ -7,7 +7,11 @@ use ptx::PtxError;
 /// A kernel around `body`: %r0 is the thread's index, `out` is the pointer in %rd0, memory of `words` behind it in %rd1.
 pub(crate) fn kernel(body: &str) -> String {
     // What these came with; assemblers insist.
-    let target = if ["add.rn.bf16x2", "mul.rn.bf16x2"].iter().any(|i| body.contains(i)) { 90 } else { 80 };
+    let target = if ["add.rn.bf16x2", "mul.rn.bf16x2", "griddepcontrol"].iter().any(|i| body.contains(i)) {
+        90
+    } else {
+        80
+    };
     format!(
         ".version 8.1\n.target sm_{target}\n.address_size 64\n\
          .visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1)\n{{\n\

@@ -117,3 +117,11 @@ fn copies_take_effect_when_waited_for() {
                 ld.shared.u32 %r3, [%rd4+256];\nld.shared.u32 %r4, [%rd4+260];\nsub.u32 %r1, %r2, %r3;\nadd.u32 %r1, %r1, %r4;";
     assert_eq!(run(body, 8, &data).unwrap(), [0x0404_0404; 8]);
 }
+
+/// Where nothing is waited for, waiting is nothing; prefetching never is anything. Threads may come to it one by one.
+#[test]
+fn waiting_for_grids_changes_nothing() {
+    let body = "griddepcontrol.launch_dependents;\nprefetch.global.L2 [%rd1+4];\nsetp.lt.u32 %p1, %r0, 3;\n@%p1 griddepcontrol.wait;\n\
+                griddepcontrol.wait;\nld.global.u32 %r1, [%rd1];";
+    assert_eq!(run(body, 8, &[5, 0, 0, 0, 1, 1, 1, 1]).unwrap(), [5; 8]);
+}

@@ -180,3 +180,98 @@ fn launches_are_checked() {
     m.free(p).unwrap();
     assert!(m.read(p, 1).is_err() && m.free(p).is_err());
 }
+
+/// Kernels of the two pointers `to` (%rd0) and `data` (%rd1).
+fn module(bodies: &[(&str, &str)]) -> Module {
+    let head = kernel("").lines().take(3).fold(String::new(), |s, l| s + l + "\n");
+    let one = |(name, body): &(&str, &str)| {
+        let text = kernel(body).replace(".entry k(", &format!(".entry {name}("));
+        text.lines().skip(3).fold(String::new(), |s, l| s + l + "\n")
+    };
+    Module::parse(&(head + &bodies.iter().map(one).collect::<String>())).unwrap()
+}
+
+/// `first` writes the first word of `to`, `second` adds to it; both wait. What they do before is what is wrong.
+#[test]
+fn launches_that_overlap() {
+    let wait = "griddepcontrol.wait;\n";
+    let add = "ld.global.u32 %r1, [%rd0];\nadd.u32 %r1, %r1, 1;\nst.global.u32 [%rd0], %r1;\n";
+    let put = format!("{wait}mov.u32 %r1, 7;\nst.global.u32 [%rd0], %r1;");
+    // The body of the second, launched over the first and `between` others; the word.
+    let over = |body: &str, between: usize| {
+        let module = module(&[("first", &put), ("second", body), ("idle", wait)]);
+        let mut m = Machine::new();
+        let (to, data) = (m.alloc(4), m.alloc(32));
+        m.write(to, &[0; 4]).unwrap();
+        m.write(data, &[1; 32]).unwrap();
+        let args = [Param::U64(to), Param::U64(data)];
+        let k = |name| module.kernel(name).unwrap();
+        m.launch(k("first"), [1; 3], [1; 3], 0, &args).unwrap();
+        for _ in 0..between {
+            m.launch_overlapping(k("idle"), [1; 3], [1; 3], 0, &args).unwrap();
+        }
+        m.launch_overlapping(k("second"), [1; 3], [1; 3], 0, &args)?;
+        // The same all alone.
+        m.launch(k("second"), [1; 3], [1; 3], 0, &args).unwrap();
+        Ok(m.read(to, 4).unwrap()[0])
+    };
+    let fault = |body: &str, between: usize| match over(body, between) {
+        Err(PtxError::Run { fault, .. }) => fault,
+        other => panic!("{body}: {other:?}"),
+    };
+    assert_eq!(over(&format!("{wait}{add}"), 0), Ok(9));
+    // Weights may be read before, by any load, and other memory prefetched.
+    let weights = "ld.global.nc.u32 %r2, [%rd1];\nld.global.u32 %r2, [%rd1+4];\nprefetch.global.L2 [%rd0];\n\
+                   mov.u64 %rd4, buffer;\ncp.async.ca.shared.global [%rd4], [%rd1+8], 4;\ncp.async.wait_all;\n";
+    assert_eq!(over(&format!("{weights}{wait}{add}"), 0), Ok(9));
+    // A kernel that waits for nothing but the one before does not make the others' writes any safer.
+    for (between, name) in [(0, "first"), (3, "first"), (300, "an earlier kernel")] {
+        let early = fault(&format!("{add}{wait}"), between);
+        let Fault::Early { access: "read", address, by: Some(by) } = early else { panic!("{early}") };
+        assert_eq!((address, by.as_str()), (1 << 40, name), "{between}");
+    }
+    let write = "mov.u32 %r1, 1;\n";
+    for access in [
+        "st.global.u32 [%rd0], %r1;\n",
+        "st.u32 [%rd0], %r1;\n",
+        "red.global.add.u32 [%rd0], %r1;\n",
+        "atom.global.add.u32 %r2, [%rd1], %r1;\n",
+    ] {
+        let early = fault(&format!("{write}{access}{wait}"), 0);
+        assert!(matches!(early, Fault::Early { access: "write", by: None, .. }), "{access}: {early}");
+    }
+    let copy = "mov.u64 %rd4, buffer;\ncp.async.ca.shared.global [%rd4], [%rd0], 4;\ncp.async.wait_all;\n";
+    assert!(matches!(fault(&format!("{copy}{wait}"), 0), Fault::Early { access: "read", .. }));
+    // By the read-only path not even afterwards: what is read there must not change while the kernel runs.
+    let constant = format!("{wait}ld.global.nc.u32 %r1, [%rd0];");
+    assert!(matches!(fault(&constant, 3), Fault::NotReadOnly(_)));
+    // Threads that never wait, on any path.
+    assert_eq!(fault("ret;", 0), Fault::NoWait);
+    assert_eq!(fault(&format!("setp.eq.u32 %p1, %r0, 0;\n@%p1 ret;\n{wait}"), 0), Fault::NoWait);
+    assert_eq!(
+        fault(&format!("setp.eq.u32 %p1, %r0, 1;\n@%p1 {wait}{add}"), 0).to_string().split(' ').next(),
+        Some("read")
+    );
+}
+
+/// What is said to be under way is.
+#[test]
+fn memory_in_flight() {
+    let early = module(&[("k", "ld.global.u32 %r1, [%rd1];\ngriddepcontrol.wait;")]);
+    let mut m = Machine::new();
+    let (to, data) = (m.alloc(4), m.alloc(4));
+    m.write(data, &[1; 4]).unwrap();
+    let args = [Param::U64(to), Param::U64(data)];
+    let mut run = |flying: &[u64]| {
+        m.in_flight(flying).unwrap();
+        m.launch_overlapping(early.kernel("k").unwrap(), [1; 3], [1; 3], 0, &args)
+    };
+    assert!(run(&[to]).is_ok());
+    let Err(e @ PtxError::Run { .. }) = run(&[data]) else { panic!("it was read") };
+    assert!(
+        e.to_string()
+            .ends_with("read at 0x20000000000 before griddepcontrol.wait, of what another kernel wrote"),
+        "{e}"
+    );
+    assert!(m.in_flight(&[4]).is_err());
+}
