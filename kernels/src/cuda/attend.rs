@@ -186,7 +186,7 @@ impl CudaBackend {
             most = most.min(s.rows(area, each, n)?);
         }
         let each = 4 * heads * (latent + 2);
-        let takes_tiles = self.kernels.takes_mla_prompts(latents, k_pe, heads);
+        let takes_tiles = self.kernels.takes_mla_prompts(latents, k_pe);
         let mut first = 0;
         while first < n {
             let (prompt, end) = run(m.visible, first, true);

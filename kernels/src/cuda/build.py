@@ -31,8 +31,8 @@ FLOATS = ["F32", "F16", "BF16"]
 CACHES = FLOATS + ["Q8_0", "Q4_0"]
 # Types of a layer's two caches that differ.
 PAIRS = [(a, b) for a in ["F16", "Q8_0", "Q4_0"] for b in ["F16", "Q8_0", "Q4_0"] if a != b]
-# Kernels that need more shared memory than other targets give a block.
-ONLY = {"mla_f16_sm80": [80, 90, 100]}
+# Kernels for targets that give a block much shared memory, and for those that do not.
+ONLY = {"mla_f16_sm80": [80, 90, 100], "mla_small_f16_sm80": [86, 89, 120]}
 # (name of the PTX file, source, format, architecture). One text serves every target from its architecture on, up to that of the module's next.
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]

@@ -8,30 +8,43 @@ use super::operands::{Absorbed, Cache, Floats, Lists, Tiles};
 use crate::KernelError;
 use quant::DType;
 
-/// A kernel of mla.cu: its name, heads, entries of a tile, stages, as there.
+/// A kernel of mla.cu: its name, heads of a block, f16 parts of queries and weights, entries of a tile, stages, as there.
 #[derive(Clone, Copy)]
 struct Tensor {
     entry: &'static str,
     heads: usize,
+    parts: usize,
     tile: usize,
     stages: usize,
 }
 
-const LARGE: [Tensor; 2] = [
-    Tensor { entry: "mla_16", heads: 16, tile: 32, stages: 4 },
-    Tensor { entry: "mla_32", heads: 32, tile: 32, stages: 3 },
-];
-const SMALL: [Tensor; 2] = [
-    Tensor { entry: "mla_16", heads: 16, tile: 16, stages: 4 },
-    Tensor { entry: "mla_32", heads: 32, tile: 16, stages: 4 },
-];
+/// For up to 16 heads, then for more: blocks of 16, 32 and 64.
+const fn kernels(tile: usize) -> [Tensor; 4] {
+    [
+        Tensor { entry: "mla_split", heads: 16, parts: 2, tile, stages: 4 },
+        Tensor { entry: "mla_16", heads: 16, parts: 1, tile, stages: 3 },
+        Tensor { entry: "mla_32", heads: 32, parts: 1, tile, stages: 3 },
+        Tensor { entry: "mla_64", heads: 64, parts: 1, tile, stages: 3 },
+    ]
+}
 
 impl Tensor {
-    /// Bytes of shared memory: stages of entries of 576 values, scores of four warps, two tiles' weights in two parts, three floats a head,
-    /// a word a stage.
+    /// Bytes of shared memory: stages of entries of 576 values, scores of four warps, two tiles' weights, eight floats a head, a word a
+    /// stage.
     const fn shared(self) -> usize {
         let row = self.heads * (self.tile + 8);
-        self.stages * (self.tile * 1152 + 4) + 4 * 4 * row + 4 * 2 * row + 3 * 4 * self.heads
+        self.stages * (self.tile * 1152 + 4) + 4 * 4 * row + 2 * self.parts * 2 * row + 8 * 4 * self.heads
+    }
+
+    /// The one for so many heads and parts of rows: 17 heads and more have the same bits from three kernels. The larger a block, the less it
+    /// reads, as long as there are blocks for most of a large GPU.
+    fn of(kernels: [Self; 4], heads: usize, parts: usize) -> Self {
+        let [split, small, larger @ ..] = kernels;
+        let fills = |k: &Self| heads > k.heads / 2 && heads.div_ceil(k.heads) * parts > 64;
+        match heads {
+            ..=16 => split,
+            _ => larger.into_iter().rev().find(fills).unwrap_or(small),
+        }
     }
 }
 
@@ -59,22 +72,22 @@ impl Absorbed {
 }
 
 impl Launcher {
-    /// The kernel on tensor cores for such a layer, if there is one: f16 caches, dimensions in units of eight, a GPU since 8.0.
-    fn on_tensor_cores(&self, latents: Cache, k_pe: Cache, heads: usize) -> Option<(&'static Ptx, Tensor)> {
+    /// The kernels on tensor cores for such a layer, if there are any: f16 caches, dimensions in units of eight, a GPU since 8.0.
+    fn on_tensor_cores(&self, latents: Cache, k_pe: Cache) -> Option<(&'static Ptx, [Tensor; 4])> {
         let fits = |c: Cache, most| c.dtype == DType::F16 && c.width <= most && c.width.is_multiple_of(8);
         if !(fits(latents, MAX_VALUE) && fits(k_pe, 64)) {
             return None;
         }
-        [("mla_f16", LARGE), ("mla_small_f16", SMALL)].into_iter().find_map(|(module, kernels)| {
-            let kernel = kernels[usize::from(heads > 16)];
+        [("mla_f16", 32), ("mla_small_f16", 16)].into_iter().find_map(|(module, tile)| {
+            let kernels = kernels(tile);
             let room = kernels.iter().all(|k| k.shared() <= self.shared);
-            room.then(|| self.text(module)).flatten().map(|m| (m, kernel))
+            room.then(|| self.text(module)).flatten().map(|m| (m, kernels))
         })
     }
 
     /// Whether prompts of such a layer go in tiles; on tensor cores they are rows like others.
-    pub fn takes_mla_prompts(&self, latents: Cache, k_pe: Cache, heads: usize) -> bool {
-        self.takes_prompts(latents, k_pe, 0) && self.on_tensor_cores(latents, k_pe, heads).is_none()
+    pub fn takes_mla_prompts(&self, latents: Cache, k_pe: Cache) -> bool {
+        self.takes_prompts(latents, k_pe, 0) && self.on_tensor_cores(latents, k_pe).is_none()
     }
 
     /// Absorbed MLA of a prompt's rows in tiles; out `[rows, heads, latent]`.
@@ -98,7 +111,8 @@ impl Launcher {
             &[p(l.spans), p(l.ends), n(l.parts.split)?, n(l.parts.most)?, p(parts)],
         ]
         .concat();
-        if let Some((m, k)) = self.on_tensor_cores(a.latents, a.k_pe, a.heads) {
+        if let Some((m, kernels)) = self.on_tensor_cores(a.latents, a.k_pe) {
+            let k = Tensor::of(kernels, a.heads, l.splits * l.rows);
             let grid = [a.heads.div_ceil(k.heads), l.splits, l.rows];
             return self.run(m, k.entry, grid, 256, k.shared() / 4, &args);
         }

@@ -19,14 +19,13 @@ impl Parts {
     /// Of grouped heads.
     pub const GROUPED: Self = Self { split: 128, most: 0 };
 
-    /// Of absorbed MLA. A part's sums are as long as the latents it read for 128 heads and 230 entries: some 128 blocks of up to 32 heads fill
-    /// a GPU, more only write more. A prompt's rows fill it by themselves.
+    /// Of absorbed MLA. A part's sums are as long as the latents it read for 128 heads and 230 entries, and its queries as those of 256: some
+    /// 128 blocks of up to 64 heads fill a GPU, more only write more. A prompt's rows fill it by themselves.
     pub fn absorbed(heads: usize, prompt: bool) -> Self {
-        let blocks = heads.div_ceil(32);
-        let most = (128 / blocks).max(1);
+        let most = (128 / heads.div_ceil(64)).max(1);
         match prompt {
             true => Self { split: 1024, most: most.min(16) },
-            false => Self { split: if blocks > 1 { 256 } else { 128 }, most },
+            false => Self { split: if heads > 32 { 512 } else { 128 }, most },
         }
     }
 

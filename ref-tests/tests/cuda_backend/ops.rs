@@ -374,6 +374,47 @@ fn mla_with_both_forms_of_weights() {
     }
 }
 
+/// More heads than 16 go to kernels that round queries and weights to f16, in blocks of 16, 32 or 64 heads as there are rows: within 2^-10 of
+/// the CPU's, and a row alone has the bits it has beside others.
+#[test]
+fn mla_of_many_heads() {
+    let (nope, rope, value, latent, slots) = (16, 16, 8, 64, 50);
+    for (capability, heads, rows) in [((8, 9), 20, 4), ((9, 0), 32, 5), ((9, 0), 128, 33)] {
+        let dev = Interpreted::like(capability, 1 << 30).device().unwrap();
+        let width = heads * (nope + rope);
+        let q = fill(&mut Rng(1), 2 * rows * width);
+        let (q, q_sink) = q.split_at(rows * width);
+        let run = |dev: &Device, rows: usize| {
+            let (q, q_sink) = (buf(dev, &q[..rows * width], width), buf(dev, &q_sink[..rows * width], width));
+            let (c, pe) = (cache(dev, DType::F16, slots, latent, 2), cache(dev, DType::F16, slots, rope, 3));
+            let k_b = weight(dev, DType::F32, heads, latent, nope, 4);
+            let v_b = weight(dev, DType::F32, heads, value, latent, 5);
+            let up = MlaUp::Split { k_b: &k_b, v_b: &v_b };
+            let (q, q_sink) = (q.view(rows), Some(q_sink.view(rows)));
+            // One decoded row sees what it sees beside the others.
+            let mut visible = Visible::default();
+            for i in 0..rows as u32 {
+                let span = |start, len, sink| Span { start, len, sink };
+                visible.push([span(0, 2, true), span(3 + i % 4, 9 + i, false)]);
+            }
+            let (scale, visible) = (0.2, &visible);
+            let m = Mla { heads, nope, rope, value, scale, q, q_sink, latent: &c, k_pe: &pe, up, visible };
+            let mut out = dev.alloc(rows, heads * value).unwrap();
+            dev.mla(m, out.view_mut(rows)).unwrap();
+            all(dev, &out)
+        };
+        let (want, got) = (run(&Device::new(CpuBackend::new(1)), rows), run(&dev, rows));
+        let size = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let worst = want.iter().zip(&got).fold(0.0f32, |m, (w, g)| m.max((w - g).abs()));
+        assert!(worst <= size / 1024.0, "{heads} heads: {worst:e} from the CPU's, of {size:e}");
+        let alone = run(&dev, 1);
+        assert!(
+            alone.iter().zip(&got).all(|(a, b)| a.to_bits() == b.to_bits()),
+            "{heads} heads: a row alone"
+        );
+    }
+}
+
 /// Writing, moving in order, saving and loading are exact; rotation and reading go through the host's own code.
 #[test]
 fn caches_keep_their_bytes() {

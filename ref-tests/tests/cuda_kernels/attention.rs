@@ -20,11 +20,16 @@ pub(crate) fn fill(rng: &mut Rng, n: usize) -> Vec<f32> {
 }
 
 pub(crate) fn cache(gpu: &mut Gpu, dtype: DType, slots: usize, width: usize, rng: &mut Rng) -> Cache {
+    cache_of(gpu, dtype, width, &fill(rng, slots * width))
+}
+
+/// A cache of these rows, rounded.
+pub(crate) fn cache_of(gpu: &mut Gpu, dtype: DType, width: usize, rows: &[f32]) -> Cache {
     let (f, row) = (dtype.format(), row_bytes(dtype, width));
-    let (mut device, mut values) = (vec![0u8; slots * row], Vec::new());
-    for to in device.chunks_exact_mut(row) {
+    let (mut device, mut values) = (vec![0u8; rows.len() / width * row], Vec::new());
+    for (from, to) in rows.chunks_exact(width).zip(device.chunks_exact_mut(row)) {
         let mut host = vec![0u8; dtype.row_bytes(width).unwrap()];
-        (f.quantize.unwrap())(&fill(rng, width), &mut host, None);
+        (f.quantize.unwrap())(from, &mut host, None);
         pack_row(dtype, &host, to);
         let mut row = vec![0.0; width];
         (f.dequantize)(&host, &mut row);
@@ -84,11 +89,11 @@ fn attend(
     out
 }
 
-fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
+pub(crate) fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
     v.row(row).iter().flat_map(|s| (s.start..s.start + s.len).map(|i| (i as usize, s.sink))).collect()
 }
 
-fn dot(q: &[f32], k: &[f64]) -> f64 {
+pub(crate) fn dot(q: &[f32], k: &[f64]) -> f64 {
     q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum()
 }
 
