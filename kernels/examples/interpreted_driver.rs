@@ -33,6 +33,8 @@ struct State {
     modules: Vec<Module>,
     /// Module and name of each kernel.
     functions: Vec<(usize, String)>,
+    /// Dynamic shared memory that each may have beyond the usual.
+    allowed: Vec<usize>,
     held: HashMap<u64, usize>,
     launches: usize,
     lost: bool,
@@ -381,21 +383,41 @@ pub unsafe extern "system" fn cuModuleGetFunction(
         return NOT_FOUND;
     }
     s.functions.push((m, name));
+    s.allowed.push(0);
     // SAFETY: the caller's.
     unsafe { give(function, handle(s.functions.len() - 1)) }
 }
 
-/// A kernel's own shared memory; the interpreter does not tell it, and allows any.
+/// Shared memory that a kernel declares.
+fn declared(s: &State, function: usize) -> Option<usize> {
+    let (m, name) = s.functions.get(function)?;
+    Some(s.modules[*m].kernel(name)?.shared_bytes())
+}
+
+/// More than 48 KiB in all must have been allowed.
+fn fits(s: &State, function: usize, shared: c_uint) -> bool {
+    let shared = shared as usize;
+    declared(s, function).is_some_and(|own| own + shared <= 48 << 10 || shared <= s.allowed[function])
+}
+
 #[unsafe(no_mangle)]
-pub unsafe extern "system" fn cuFuncGetAttribute(x: *mut c_int, what: c_int, _: *mut c_void) -> c_int {
-    // SAFETY: the caller's.
-    if what == 1 { unsafe { give(x, 0) } } else { INVALID_VALUE }
+pub unsafe extern "system" fn cuFuncGetAttribute(x: *mut c_int, what: c_int, function: *mut c_void) -> c_int {
+    match declared(&state(), number(function)).filter(|_| what == 1) {
+        // SAFETY: the caller's.
+        Some(bytes) => unsafe { give(x, bytes as c_int) },
+        None => INVALID_VALUE,
+    }
 }
 
 #[unsafe(no_mangle)]
 pub extern "system" fn cuFuncSetAttribute(function: *mut c_void, what: c_int, bytes: c_int) -> c_int {
-    let known = number(function) < state().functions.len();
-    if known && what == 8 && (0..=SHARED).contains(&bytes) { OK } else { INVALID_VALUE }
+    let s = &mut *state();
+    let (f, bytes) = (number(function), usize::try_from(bytes).unwrap_or(usize::MAX >> 1));
+    if what != 8 || declared(s, f).is_none_or(|own| own + bytes > SHARED as usize) {
+        return INVALID_VALUE;
+    }
+    s.allowed[f] = bytes;
+    OK
 }
 
 #[unsafe(no_mangle)]
@@ -416,6 +438,9 @@ pub unsafe extern "system" fn cuLaunchKernel(
     s.launches += 1;
     if stream != handle(42) || !extra.is_null() || s.lost || (asked("lost") && s.launches > 20) {
         return ILLEGAL_ADDRESS;
+    }
+    if !fits(s, number(function), shared) {
+        return INVALID_VALUE;
     }
     // SAFETY: the caller's.
     let Some(values) = (unsafe { arguments(s, number(function), params) }) else { return INVALID_VALUE };
@@ -553,6 +578,9 @@ unsafe fn add(
 /// As the driver's interface says of them.
 unsafe fn kernel_node(s: &State, what: &KernelNode) -> Option<Node> {
     let function = number(what.function);
+    if !fits(s, function, what.shared) {
+        return None;
+    }
     // SAFETY: the caller's.
     let values = unsafe { arguments(s, function, what.params) }?;
     what.extra.is_null().then_some(Node::Kernel(function, what.grid, what.block, what.shared, values))

@@ -207,6 +207,23 @@ impl State {
         }
     }
 
+    /// Bytes of shared memory that a block may have.
+    fn room(&self) -> u32 {
+        let kib = match self.capability {
+            (7, _) => 64,
+            (8, 6 | 9) | (12, _) => 99,
+            (8, _) => 163,
+            _ => 227,
+        };
+        kib << 10
+    }
+
+    /// See [`fits`].
+    fn fits(&self, kernel: KernelId, launch: Launch) -> Result<(), GpuError> {
+        let (m, entry) = &self.kernels[kernel.0];
+        fits(self.modules[*m].1.shared_bytes(entry), launch.shared, self.room())
+    }
+
     fn waited(&mut self) {
         self.counts.waits += 1;
         self.running = false;
@@ -255,6 +272,13 @@ impl State {
     }
 }
 
+/// The shared memory that a kernel declares and what it is launched with must fit a block together: a driver refuses any more.
+fn fits(declared: usize, launched: u32, room: u32) -> Result<(), GpuError> {
+    let bytes = declared + launched as usize;
+    let why = || format!("{bytes} bytes of shared memory, a block has {room}");
+    if bytes > room as usize { Err(GpuError::Driver { call: "launch", why: why() }) } else { Ok(()) }
+}
+
 fn refusal(call: &'static str) -> GpuError {
     GpuError::Driver { call, why: "a test asked for it".into() }
 }
@@ -269,14 +293,8 @@ fn due(n: Option<&mut usize>) -> bool {
 
 impl Gpu for Interpreted {
     fn info(&self) -> GpuInfo {
-        let capability = self.state().capability;
-        let shared = match capability {
-            (7, _) => 64,
-            (8, 6 | 9) | (12, _) => 99,
-            (8, _) => 163,
-            _ => 227,
-        };
-        GpuInfo { name: "PTX interpreter".into(), capability, shared: shared << 10, display: false }
+        let s = self.state();
+        GpuInfo { name: "PTX interpreter".into(), capability: s.capability, shared: s.room(), display: false }
     }
 
     fn memory(&self) -> Result<(u64, u64), GpuError> {
@@ -344,6 +362,7 @@ impl Gpu for Interpreted {
         let mut s = self.call()?;
         s.counts.launches += 1;
         s.launches()?;
+        s.fits(kernel, launch)?;
         s.execute(kernel, launch, args)
     }
 
@@ -355,6 +374,11 @@ impl Gpu for Interpreted {
     fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
         let mut s = self.call()?;
         s.grants()?;
+        for step in steps {
+            if let Step::Launch { kernel, launch, .. } = *step {
+                s.fits(kernel, launch)?;
+            }
+        }
         let kept = |step: &Step<'_>| match *step {
             Step::Launch { kernel, launch, args } => Kept::Launch(kernel, launch, args.to_vec()),
             Step::Write { at, bytes } => Kept::Write(at, bytes),
@@ -403,5 +427,18 @@ impl Gpu for Interpreted {
     fn forget(&self, graph: GraphId) -> Result<(), GpuError> {
         self.call()?.graphs[graph.0] = None;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fits;
+
+    #[test]
+    fn shared_memory_is_counted_whole() {
+        let room = 99 << 10;
+        assert!(fits(512, room - 512, room).is_ok());
+        let e = fits(512, room - 511, room).expect_err("a byte too many");
+        assert_eq!(e.to_string(), "launch: 101377 bytes of shared memory, a block has 101376");
     }
 }

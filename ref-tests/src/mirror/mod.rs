@@ -35,6 +35,11 @@ impl Text {
         self.module.kernel(entry).is_some()
     }
 
+    /// Bytes of shared memory that a kernel declares; 0 where there is no such kernel.
+    pub fn shared_bytes(&self, entry: &str) -> usize {
+        self.module.kernel(entry).map_or(0, ptx::Kernel::shared_bytes)
+    }
+
     /// A text of a test's own that is to run on a GPU too.
     ///
     /// # Errors
