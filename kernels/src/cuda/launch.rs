@@ -322,8 +322,12 @@ impl Launcher {
 
     /// Whether the columns are few for such weights: [`Launcher::few`] takes them.
     fn takes_few(w: Matrix, x: &Input) -> bool {
-        let most = if layout::rounds(w.dtype) { *SKINNY.end() } else { COLUMNS };
-        x.float.rows <= most && x.split(w.dtype).is_none()
+        Self::takes_skinny(w, x) || (x.float.rows <= COLUMNS && x.split(w.dtype).is_none())
+    }
+
+    /// Whether [`Launcher::skinny`] does.
+    fn takes_skinny(w: Matrix, x: &Input) -> bool {
+        layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows)
     }
 
     /// One product of the rows that `jobs` makes; with `up`, of W's format, `act(W x) * (up x)`.
@@ -371,7 +375,7 @@ impl Launcher {
     /// One launch for up to three products of one format, or one for each of some jobs by expert.
     fn few(&self, products: &[Product], x: Input, jobs: Option<(u64, usize)>) -> Result<(), KernelError> {
         let w = products[0].w;
-        if jobs.is_none() && layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) {
+        if jobs.is_none() && Self::takes_skinny(w, &x) {
             return self.skinny(products, x, None);
         }
         let args = [three(products)?, self.few_inputs(w, x, jobs)?.to_vec()].concat();
@@ -391,7 +395,7 @@ impl Launcher {
         jobs: Option<(u64, usize)>,
     ) -> Result<(), KernelError> {
         let Product { w, out, .. } = made;
-        if jobs.is_none() && layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) {
+        if jobs.is_none() && Self::takes_skinny(w, &x) {
             return self.skinny(&[made], x, Some((up, act)));
         }
         let act = flag(act == Activation::GeluTanh);
