@@ -281,6 +281,15 @@ impl Weight {
         self.memory.as_ref().map(|(m, at)| m.at() + at)
     }
 
+    /// On a GPU, of block formats: the address of its rows' powers of two, a float each, behind all rows of that memory.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn powers(&self) -> Option<u64> {
+        let (memory, at) = self.memory.as_ref()?;
+        let rows = memory.bytes() / (self.row_bytes + crate::cuda::layout::POWER);
+        let here = *at as usize / self.row_bytes;
+        Some(memory.at() + (rows * self.row_bytes + here * crate::cuda::layout::POWER) as u64)
+    }
+
     /// Whether there are bytes to compute with or to copy.
     pub(crate) fn is_backed(&self) -> bool {
         !self.unbacked

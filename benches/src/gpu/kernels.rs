@@ -125,7 +125,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Products with 2048 columns, and with 32.
+    /// Products with 2048 columns, a prompt's, and with 32, of as many sequences.
     ///
     /// # Errors
     /// As [`Bench::matvec`].
@@ -136,7 +136,8 @@ impl Bench {
                 let name = format!("{} x {columns}", f.name);
                 let one = self.products(f.dtype, columns, 1).map(|(seconds, _, operations)| {
                     let rate = operations / seconds;
-                    let peak = if layout::rounds(f.dtype) { self.peaks.s8 } else { self.peaks.f16 };
+                    let int8 = layout::rounds(f.dtype) && columns == 32;
+                    let peak = if int8 { self.peaks.s8 } else { self.peaks.f16 };
                     let note = format!("{:.0}% of the mma peak", 100.0 * rate / peak);
                     Row::new("matrix-matrix", &name, rate / 1e12, "TFLOP/s", note)
                 });
@@ -155,10 +156,10 @@ impl Bench {
         let mut limits = Limits { tokens: columns, ..Limits::default() };
         limits.product(&weights[0]);
         self.dev.reserve(&limits)?;
+        let prompts = vec![if columns > 32 { columns as u32 } else { 0 }; columns];
+        let dev = self.dev.for_rows(&prompts);
         let calls = self.gpu.note(|| {
-            weights
-                .iter()
-                .try_for_each(|w| self.dev.linear(w, x.view(columns), out.view_mut(columns), Write::Set))
+            weights.iter().try_for_each(|w| dev.linear(w, x.view(columns), out.view_mut(columns), Write::Set))
         })?;
         let calls: Vec<Call> = calls.into_iter().filter(|c| c.kernel.starts_with("mat")).collect();
         let each = self.gpu.seconds(&calls, self.toy)? / weights.len() as f64;

@@ -200,7 +200,7 @@ impl CudaBackend {
             let jobs = rows.len() * heads;
             let ids = self.head_ids(s, jobs, heads)?;
             // Job j is head j % heads of its row.
-            let head_jobs = self.jobs(s, ids, rows.len(), heads, heads, false)?.alone();
+            let head_jobs = self.jobs(s, ids, rows.len(), heads, heads, None)?.alone();
             let each_head = |w: Matrix, x: Input, to: Floats| {
                 self.kernels.product(Product::set(w, to), x, head_jobs, None)
             };

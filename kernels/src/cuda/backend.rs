@@ -25,7 +25,7 @@ pub fn scratch_bytes(limits: &Limits) -> usize {
 
 /// Bytes of weights on a device.
 pub fn weight_bytes(w: &Weight) -> usize {
-    w.count() * w.rows() * layout::row_bytes(w.dtype(), w.cols())
+    w.count() * w.rows() * layout::weight_bytes(w.dtype(), w.cols())
 }
 
 /// Bytes of a cache on a device.
@@ -79,7 +79,7 @@ impl CudaBackend {
         Ok(Memory::new(&self.gpu, bytes, what)?)
     }
 
-    /// x as the weights read it, in `area`: rounded, unless it lies there already, and where rows are tiled in parts. The area must hold
+    /// x as the weights read it, in `area`: rounded, unless it lies there already, or where rows are tiled in parts. The area must hold
     /// it ([`inputs_bytes`]).
     pub(super) fn input(
         &self,
@@ -97,25 +97,26 @@ impl CudaBackend {
         let rounds = weights.iter().find(|w| layout::rounds(w.dtype()));
         let known = area == Area::Input && s.rounded == Some(x);
         let round = |at: u64| if known { Ok(Rounded::of(at, x.cols)) } else { self.kernels.round(x, at) };
-        let rounded = rounds.map(|w| round(take(w.dtype()))).transpose()?;
+        let rounded = rounds.filter(|_| !tiled).map(|w| round(take(w.dtype()))).transpose()?;
         let mut split = |dtype: DType| {
             let asked = tiled && weights.iter().any(|w| w.dtype() == dtype);
             asked.then(|| self.kernels.split(dtype, x, take(dtype))).transpose()
         };
+        let half = rounds.map_or(Ok(None), |w| split(w.dtype()))?;
         // F16 last: its scales end anywhere.
         let bf16 = split(DType::BF16)?;
         let f16 = split(DType::F16)?;
-        if area == Area::Input && (rounded.is_some() || f16.is_some() || bf16.is_some()) {
-            // Rounded rows come first.
+        let split = [f16, bf16, half];
+        if area == Area::Input && (rounded.is_some() || split.iter().any(Option::is_some)) {
             s.rounded = rounded.map(|_| x);
         }
-        Ok(Input { float: x, rounded, split: [f16, bf16] })
+        Ok(Input { float: x, rounded, split })
     }
 
-    /// The rows of a call in runs that take the same products, and whether these are the ones of prompts on tensor cores, which weights
-    /// of F16 and BF16 have. A property of a row's request, never of the call.
+    /// The rows of a call in runs that take the same products, and whether these are the ones of prompts on tensor cores, which all weights
+    /// but F32 have. A property of a row's request, never of the call.
     fn runs(&self, prompts: &[u32], n: usize, weights: &[&Weight]) -> Vec<(Range<usize>, bool)> {
-        let halves = weights.iter().any(|w| matches!(w.dtype(), DType::F16 | DType::BF16));
+        let halves = weights.iter().any(|w| w.dtype() != DType::F32);
         if prompts.is_empty() || !halves || !self.kernels.splits() {
             return vec![(0..n, false)];
         }
@@ -153,9 +154,9 @@ impl CudaBackend {
         for (w, to) in [(g, gate), (u, up)] {
             self.kernels.product(Product::set(w, to), x, jobs, None)?;
         }
-        if layout::rounds(f.down.dtype()) {
+        if layout::rounds(f.down.dtype()) && !tiled {
             let rounded = Some(self.kernels.round_glu(gate, up, f.act, s.at(Area::Hidden))?);
-            return Ok(Input { float: gate, rounded, split: [None; 2] });
+            return Ok(Input { float: gate, rounded, split: [None; 3] });
         }
         self.kernels.glu(gate, up, f.act)?;
         self.input(s, Area::Hidden, gate, &[f.down], tiled)
@@ -179,7 +180,7 @@ impl CudaBackend {
     }
 
     /// The jobs of `rows` rows, `used` matrices of `ids` each: by expert (or head) where there are so many rows that experts are worth a
-    /// tile, or rows are tiled.
+    /// tile, or rows are tiled (of so many `columns`).
     pub(super) fn jobs(
         &self,
         s: &mut Scratch,
@@ -187,17 +188,18 @@ impl CudaBackend {
         rows: usize,
         used: usize,
         experts: usize,
-        tiled: bool,
+        columns: Option<usize>,
     ) -> Result<Jobs, KernelError> {
-        if rows <= COLUMNS && !tiled {
+        if rows <= COLUMNS && columns.is_none() {
             return Ok(Jobs::Each { ids, share: used });
         }
+        let columns = columns.unwrap_or(TILE_COLUMNS);
         let jobs = rows * used;
         s.room(Area::JobOrder, 4 * jobs, 4 * jobs)?;
         s.room(Area::JobTiles, tile_bytes(jobs, experts), tile_bytes(jobs, experts))?;
         let (order, tiles) = (s.at(Area::JobOrder), s.at(Area::JobTiles));
-        self.kernels.sort_experts(ids, jobs, experts, order, tiles)?;
-        Ok(Jobs::Sorted(Sorted { order, tiles, count: jobs / TILE_COLUMNS + experts, share: used }))
+        self.kernels.sort_experts(ids, jobs, columns, experts, order, tiles)?;
+        Ok(Jobs::Sorted(Sorted { order, tiles, columns, count: jobs / columns + experts, share: used }))
     }
 
     /// Runs of neighbouring slots: first slot, place in `slots`, length.
@@ -315,31 +317,38 @@ impl Backend for CudaBackend {
         self.kernels.load(modules::of_format(host.dtype()))?;
         let row = layout::row_bytes(host.dtype(), host.cols());
         let memory = self.memory(weight_bytes(&host), "weights")?;
-        let (each, bytes, mut next) = (host.rows(), host.row_bytes(), 0);
+        let (each, bytes, total, mut next) = (host.rows(), host.row_bytes(), host.count() * host.rows(), 0);
+        let mut powers = vec![0.0; if layout::rounds(host.dtype()) { total } else { 0 }];
         let source = |i: usize| &host.matrix(i / each)[i % each * bytes..][..bytes];
         let packers = std::thread::available_parallelism().map_or(1, Into::into).min(PACKERS);
         self.gpu.gpu.stream(memory.at(), row, &mut |piece| {
-            let n = (piece.len() / row).min(host.count() * each - next);
+            let n = (piece.len() / row).min(total - next);
             let threads = (n * row / PACKED).clamp(1, packers);
-            let pack = |first: usize, to: &mut [u8]| {
+            let pack = |first: usize, to: &mut [u8], powers: &mut [f32]| {
                 for (i, to) in to.chunks_exact_mut(row).enumerate() {
                     layout::pack_row(host.dtype(), source(first + i), to);
                 }
+                for (i, power) in powers.iter_mut().enumerate() {
+                    *power = layout::power(host.dtype(), source(first + i));
+                }
             };
             let share = n.div_ceil(threads).max(1);
-            let mut parts = piece[..n * row].chunks_mut(share * row).enumerate();
+            let mut left = powers.get_mut(next..next + n).unwrap_or_default().chunks_mut(share);
+            let powers = std::iter::from_fn(|| Some(left.next().unwrap_or_default()));
+            let mut parts = piece[..n * row].chunks_mut(share * row).zip(powers).enumerate();
             let here = parts.next();
             std::thread::scope(|s| {
-                for (t, part) in parts {
-                    s.spawn(move || pack(next + t * share, part));
+                for (t, (part, powers)) in parts {
+                    s.spawn(move || pack(next + t * share, part, powers));
                 }
-                if let Some((_, part)) = here {
-                    pack(next, part);
+                if let Some((_, (part, powers))) = here {
+                    pack(next, part, powers);
                 }
             });
             next += n;
             n * row
         })?;
+        self.gpu.gpu.write(memory.at() + (total * row) as u64, bytemuck::cast_slice(&powers))?;
         Ok(host.device(memory, row))
     }
 
@@ -577,7 +586,9 @@ impl Backend for CudaBackend {
                 }
                 let skip = 4 * (first * used) as u64;
                 let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
-                let jobs = self.jobs(s, ids, rows.len(), used, experts.gate.count(), tiled)?;
+                let count = experts.gate.count();
+                let columns = tiled.then(|| split::expert_columns(&experts, rows.len() * used / count));
+                let jobs = self.jobs(s, ids, rows.len(), used, count, columns)?;
                 let hidden = self.hidden(s, &experts, input, jobs, tiled)?;
                 let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);
                 let down = Product::set(Matrix::of(experts.down)?, each);

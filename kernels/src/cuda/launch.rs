@@ -327,7 +327,7 @@ impl Launcher {
 
     /// Whether [`Launcher::skinny`] does.
     fn takes_skinny(w: Matrix, x: &Input) -> bool {
-        layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows)
+        layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) && x.split(w.dtype).is_none()
     }
 
     /// One product of the rows that `jobs` makes; with `up`, of W's format, `act(W x) * (up x)`.
@@ -445,7 +445,10 @@ impl Launcher {
     ) -> Result<(), KernelError> {
         let Product { w, out, .. } = made;
         if let Some(split) = x.split(w.dtype) {
-            return self.matmul_split(made, split, jobs, up);
+            return match layout::rounds(w.dtype) {
+                true => self.matmul_half(made, split, jobs, up),
+                false => self.matmul_split(made, split, jobs, up),
+            };
         }
         let (at, stride) = self.input(&w, &x)?;
         // What a block makes.
@@ -473,16 +476,17 @@ impl Launcher {
         self.run(self.many("matmul", w.dtype)?, entry, grid, threads, shared / 4, &args)
     }
 
-    /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / 32 + experts`.
+    /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / columns + experts`.
     pub fn sort_experts(
         &self,
         ids: u64,
         jobs: usize,
+        columns: usize,
         experts: usize,
         order: u64,
         tiles: u64,
     ) -> Result<(), KernelError> {
-        let args = [p(ids), n(jobs)?, p(order), p(tiles)];
+        let args = [p(ids), n(jobs)?, n(columns)?, p(order), p(tiles)];
         self.run(self.base("router")?, "sort_experts", [experts, 1, 1], 256, experts, &args)
     }
 

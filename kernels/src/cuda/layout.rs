@@ -35,6 +35,74 @@ pub fn row_bytes(dtype: DType, cols: usize) -> usize {
     fields(dtype).iter().map(|f| (n * f.1).next_multiple_of(ALIGN)).sum()
 }
 
+/// Bytes of a row of `cols` weights with what is kept beside it: for block formats its [`power`].
+pub fn weight_bytes(dtype: DType, cols: usize) -> usize {
+    row_bytes(dtype, cols) + if rounds(dtype) { POWER } else { 0 }
+}
+
+/// Bytes of a row's power.
+pub const POWER: usize = 4;
+
+/// A scale of a block.
+enum Scale {
+    F16,
+    F32,
+    /// A power of two, 2^(e - 128).
+    E8M0,
+}
+
+/// The scales of a block: where they lie, of which type, and the most that a weight is of each.
+fn scales(dtype: DType) -> &'static [(usize, Scale, u32)] {
+    use Scale::*;
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 => &[],
+        DType::Q4_0 => &[(0, F16, 8)],
+        DType::Q4_1 => &[(0, F16, 15), (2, F16, 1)],
+        DType::Q5_0 => &[(0, F16, 16)],
+        DType::Q5_1 => &[(0, F16, 31), (2, F16, 1)],
+        DType::Q8_0 => &[(0, F16, 128)],
+        DType::Q2_K => &[(80, F16, 3 * 15), (82, F16, 15)],
+        DType::Q3_K => &[(108, F16, 4 * 32)],
+        DType::Q4_K => &[(0, F16, 15 * 63), (2, F16, 63)],
+        DType::Q5_K => &[(0, F16, 31 * 63), (2, F16, 63)],
+        DType::Q6_K => &[(208, F16, 32 * 128)],
+        DType::Q8_K => &[(0, F32, 128)],
+        DType::IQ4_NL => &[(0, F16, 127)],
+        DType::IQ4_XS => &[(0, F16, 127 * 32)],
+        DType::MXFP4 => &[(0, E8M0, 12)],
+    }
+}
+
+/// A power of two that brings every finite weight of a row (as a GGUF file has it) below 2^14, the largest near it: what `matmul_half`
+/// multiplies the row by, so that f16 holds it. Within what f32 and its inverse hold; 1 for a row of zeros.
+pub fn power(dtype: DType, src: &[u8]) -> f32 {
+    let block = dtype.format().block_bytes;
+    // Magnitudes of one type are ordered as their bits are.
+    let most = |of: &dyn Fn(&[u8]) -> u32, infinity: u32| {
+        src.chunks_exact(block).map(of).filter(|bits| *bits < infinity).max().unwrap_or(0)
+    };
+    let each = scales(dtype).iter().map(|&(at, ref scale, factor)| {
+        let scale = match scale {
+            Scale::F16 => {
+                let bits = most(&|b| u32::from(b[at]) | u32::from(b[at + 1] & 0x7f) << 8, 0x7c00);
+                f64::from(half::f16::from_bits(bits as u16))
+            }
+            Scale::F32 => {
+                let bits = |b: &[u8]| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
+                f64::from(f32::from_bits(most(&|b| bits(b) & 0x7fff_ffff, 0x7f80_0000)))
+            }
+            Scale::E8M0 => 2f64.powi(most(&|b| u32::from(b[at]), 256) as i32 - 128),
+        };
+        scale * f64::from(factor)
+    });
+    let most: f64 = each.sum();
+    if most == 0.0 {
+        return 1.0;
+    }
+    let exponent = (most.to_bits() >> 52) as i32 - 1023;
+    f32::from_bits(((13 - exponent).clamp(-126, 126) + 127) as u32 * (1 << 23))
+}
+
 /// Blocks in a row of `cols` weights. Panics if they are not whole.
 pub fn blocks(dtype: DType, cols: usize) -> usize {
     let len = dtype.format().block_len;
@@ -92,7 +160,30 @@ pub fn pack_row(dtype: DType, src: &[u8], dst: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{Fill, Rng, weights};
     use quant::FORMATS;
+
+    #[test]
+    fn powers_bring_weights_near_the_top_of_f16() {
+        for f in FORMATS.iter().filter(|f| rounds(f.dtype)) {
+            let (cols, mut rng) = (2 * f.block_len, Rng(f.dtype as u64));
+            let (mut largest, mut values) = (0.0f64, vec![0.0; cols]);
+            for i in 0..200 {
+                let fill = [Fill::Even, Fill::Random, Fill::Extreme][i % 3];
+                let row = weights(f.dtype, 1, cols, fill, &mut rng);
+                (f.dequantize)(&row, &mut values);
+                let finite = values.iter().filter(|v| v.is_finite()).map(|v| f64::from(v.abs()));
+                let most = finite.fold(0.0, f64::max) * f64::from(power(f.dtype, &row));
+                assert!(most < 16384.0, "{}: {most}", f.name);
+                largest = largest.max(most);
+            }
+            assert!(largest > 4096.0, "{}: {largest}", f.name);
+            assert_eq!(
+                power(f.dtype, &vec![0; row_bytes(f.dtype, cols)]),
+                if f.dtype == DType::MXFP4 { 2f32.powi(126) } else { 1.0 }
+            );
+        }
+    }
 
     #[test]
     fn every_byte_of_a_block_has_its_place() {

@@ -105,7 +105,7 @@ impl Rounded {
     }
 }
 
-/// Rows of prompts in parts of one type (`matmul_split.cu`): `stride` bytes each, and what undoes their scales (0: none).
+/// Rows of prompts in parts of one type, or in one of f16 (`matmul_split.cu`): `stride` bytes each, and what undoes their scales (0: none).
 #[derive(Clone, Copy, Debug)]
 pub struct Split {
     pub at: u64,
@@ -113,11 +113,12 @@ pub struct Split {
     pub scales: u64,
 }
 
-/// Bytes of a row of `cols` activations in parts, for weights of `dtype`; 0 where these take no parts.
+/// Bytes of a row of `cols` activations in parts, for weights of `dtype`; 0 where these take none.
 pub fn split_bytes(dtype: DType, cols: usize) -> usize {
     match dtype {
         DType::F16 => 128 * cols.div_ceil(32),
         DType::BF16 => 192 * cols.div_ceil(32),
+        d if layout::rounds(d) => 64 * cols.div_ceil(32),
         _ => 0,
     }
 }
@@ -127,6 +128,8 @@ pub fn input_bytes(dtype: DType, cols: usize, tiled: bool) -> usize {
     match dtype {
         DType::F16 if tiled => split_bytes(dtype, cols) + 4,
         DType::BF16 if tiled => split_bytes(dtype, cols),
+        // A scale, and so much that what follows is aligned.
+        d if tiled && layout::rounds(d) => split_bytes(dtype, cols) + 16,
         d if layout::rounds(d) => cols.div_ceil(256) * BLOCK_BYTES,
         _ => 0,
     }
@@ -147,8 +150,8 @@ pub struct Input {
     pub float: Floats,
     /// Needed where a weight's format asks for it.
     pub rounded: Option<Rounded>,
-    /// Rows of prompts, for weights of F16 and of BF16.
-    pub split: [Option<Split>; 2],
+    /// Rows of prompts, for weights of F16, of BF16 and of block formats.
+    pub split: [Option<Split>; 3],
 }
 
 impl Input {
@@ -157,7 +160,8 @@ impl Input {
         match dtype {
             DType::F16 => self.split[0],
             DType::BF16 => self.split[1],
-            _ => None,
+            DType::F32 => None,
+            _ => self.split[2],
         }
     }
 
@@ -182,17 +186,22 @@ pub struct Matrix {
     pub rows: usize,
     pub cols: usize,
     pub matrix_rows: usize,
+    /// Of block formats: a power of two for each row.
+    pub powers: u64,
 }
 
 impl Matrix {
     pub fn of(w: &Weight) -> Result<Self, KernelError> {
         let at = w.address().ok_or(KernelError::Place { op: "cuda" })?;
-        Ok(Self { at, dtype: w.dtype(), rows: w.rows(), cols: w.cols(), matrix_rows: w.rows() })
+        let powers = w.powers().filter(|_| layout::rounds(w.dtype())).unwrap_or(0);
+        Ok(Self { at, dtype: w.dtype(), rows: w.rows(), cols: w.cols(), matrix_rows: w.rows(), powers })
     }
 
     /// Rows `rows` of every matrix.
     pub fn part(self, rows: Range<usize>) -> Self {
-        Self { at: self.at + (rows.start * self.row_bytes()) as u64, rows: rows.len(), ..self }
+        let skip = |bytes: usize| (rows.start * bytes) as u64;
+        let (at, powers) = (self.at + skip(self.row_bytes()), self.powers + skip(layout::POWER));
+        Self { at, powers, rows: rows.len(), ..self }
     }
 
     pub fn row_bytes(&self) -> usize {
@@ -275,11 +284,12 @@ pub struct Absorbed {
     pub k_pe: Cache,
 }
 
-/// Jobs by expert, as `sort_experts` leaves them: their order, and tiles of 32 that a grid takes.
+/// Jobs by expert, as `sort_experts` leaves them: their order, and tiles of `columns` that a grid takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Sorted {
     pub order: u64,
     pub tiles: u64,
+    pub columns: usize,
     /// Tiles there is room for.
     pub count: usize,
     /// Jobs of a row of x.

@@ -106,6 +106,8 @@ impl Sizes {
         // As many rows as the budget allows.
         let rows = |each: usize| each * (BUDGET / each.max(1)).clamp(1, tokens);
         let blocks = |values: usize| values.div_ceil(256) * BLOCK_BYTES;
+        // Rounded, or of prompts in f16.
+        let rounded = |values: usize| blocks(values).max(input_bytes(DType::Q8_0, values, values > 0));
         let dense = l.hidden.rounded.max(l.hidden.float);
         let routed = l.used * l.routed.rounded.max(l.routed.float);
         let hidden = 4 * dense.max(routed);
@@ -114,7 +116,7 @@ impl Sizes {
         };
         let read = |h: Hidden| {
             let (f16, bf16) = split(h.f16, h.bf16);
-            blocks(h.rounded).max(f16).max(bf16)
+            rounded(h.rounded).max(f16).max(bf16)
         };
         let hidden_input = read(l.hidden).max(l.used * read(l.routed));
         let (mla, heads) = (l.latent > 0, l.heads);
@@ -125,7 +127,7 @@ impl Sizes {
         let size = |a: Area| match a {
             Area::Input => {
                 let (f16, bf16) = split(l.f16_in, l.bf16_in);
-                rows(blocks(l.max_in) + f16 + bf16)
+                rows(rounded(l.max_in) + f16 + bf16)
             }
             Area::Hidden => rows(hidden_input).max(rows(head_blocks)),
             Area::Gate | Area::Up => rows(hidden),
@@ -296,7 +298,7 @@ mod tests {
     #[test]
     fn rows_beyond_the_budget_take_passes() {
         let l = Limits { tokens: 4096, max_in: 1 << 20, ..Limits::default() };
-        let each = (1 << 20) / 256 * BLOCK_BYTES;
+        let each = input_bytes(DType::Q8_0, 1 << 20, true);
         assert_eq!(Sizes::of(&l).0[Area::Input as usize], (BUDGET / each * each).next_multiple_of(256));
         assert_eq!(Sizes::of(&Limits::default()).0[Area::Gate as usize], 0);
     }

@@ -1,20 +1,33 @@
-//! Rows of prompts in parts on tensor cores: times weights of F16 and BF16, the launches of `src/matmul_split.cu`; and which attention takes
-//! them (`src/prompt_half.cu`). Knows shapes; nothing of requests.
+//! Rows of prompts on tensor cores: in parts times weights of F16 and BF16, the launches of `src/matmul_split.cu`; in f16 times block formats
+//! (`src/matmul_half.cu`); and which attention takes them (`src/prompt_half.cu`). Knows shapes; nothing of requests.
 
 use super::launch::{Launcher, MANY_BLOCKS, TILE_COLUMNS, many_outputs, n, p};
+use super::layout;
 use super::modules::Ptx;
 use super::operands::{Floats, Gqa, Input, Matrix, Product, Sorted, Split, split_bytes};
 use super::plan;
+use crate::backend::Ffn;
 use crate::{Activation, KernelError};
 use quant::DType;
 
-/// Columns of the largest tiles.
-pub const COLUMNS: usize = 128;
+/// Columns of the largest tiles, of f16.
+pub const COLUMNS: usize = 256;
+/// Of the largest of parts, and of experts.
+const HALF: usize = 128;
+/// Blocks from which on the largest of f16 fill an H200 better than twice as many.
+const FULL: usize = 96;
 /// Elements of a row that are added up at a time: longer sums would round too often.
 const LEN: usize = 4096;
 
+/// Columns of tiles of a mixture of experts on which `each` jobs fall in the mean: a tile of 128 costs two of 32 for half the features.
+/// F16 and BF16 have only the smaller ones.
+pub fn expert_columns(f: &Ffn<'_>, each: usize) -> usize {
+    let blocks = [f.gate, f.up, f.down].iter().all(|w| layout::rounds(w.dtype()));
+    if blocks && each > TILE_COLUMNS { HALF } else { TILE_COLUMNS }
+}
+
 impl Launcher {
-    /// Whether rows of prompts go in parts to tensor cores, for weights of F16 and BF16.
+    /// Whether rows of prompts go to tensor cores in parts, or in f16.
     pub fn splits(&self) -> bool {
         self.capability >= (8, 0)
     }
@@ -22,18 +35,62 @@ impl Launcher {
     /// The rows in parts for weights of `dtype`, at `out`: room for `x.rows` times [`super::operands::input_bytes`].
     pub fn split(&self, dtype: DType, x: Floats, out: u64) -> Result<Split, KernelError> {
         let stride = split_bytes(dtype, x.cols);
-        let scales = if dtype == DType::F16 { out + (x.rows * stride) as u64 } else { 0 };
+        let scales = if dtype == DType::BF16 { 0 } else { out + (x.rows * stride) as u64 };
         let args = [p(x.at), n(x.stride)?, n(x.cols)?, p(out), n(stride)?, p(scales)];
-        self.run(self.many("matmul_split", dtype)?, "split_rows", [x.rows, 1, 1], 256, 0, &args)?;
+        let (of, entry) = match layout::rounds(dtype) {
+            true => (DType::F16, "half_rows"),
+            false => (dtype, "split_rows"),
+        };
+        self.run(self.many("matmul_split", of)?, entry, [x.rows, 1, 1], 256, 0, &args)?;
         Ok(Split { at: out, stride, scales })
     }
 
     /// Whether one launch may make gate and up of a layer, with the activation: not of rows that are added up in pieces.
     pub fn fuses(&self, gate: Matrix, x: &Input) -> bool {
-        x.split(gate.dtype).is_none() || gate.cols <= LEN
+        layout::rounds(gate.dtype) || x.split(gate.dtype).is_none() || gate.cols <= LEN
     }
 
-    /// Rows of prompts in parts times weights of F16 or BF16, as [`Launcher::matmul`]: the same bits for any number of rows.
+    /// Rows of prompts in f16 times weights of a block format, as [`Launcher::matmul`]: the same bits for any number of rows.
+    pub(super) fn matmul_half(
+        &self,
+        made: Product,
+        x: Split,
+        jobs: Option<Sorted>,
+        up: Option<(Matrix, Activation)>,
+    ) -> Result<(), KernelError> {
+        let Product { w, out, .. } = made;
+        let halves = if up.is_some() { 2 } else { 1 };
+        // Columns, features, threads, bytes of shared memory.
+        let large = ("matmul_256", COLUMNS, 128, 256, 98_304);
+        let middle = ("matmul_128", HALF, 128, 256, 65_536);
+        let small = ("matmul_32", TILE_COLUMNS, 64, 128, 24_576);
+        let blocks = |columns: usize| out.rows.div_ceil(columns) * w.rows.div_ceil(128 / halves);
+        let (entry, columns, features, threads, shared) = match jobs {
+            Some(j) if j.columns > TILE_COLUMNS => middle,
+            Some(_) => small,
+            None if blocks(COLUMNS) >= FULL => large,
+            None if out.rows > TILE_COLUMNS && blocks(HALF) >= MANY_BLOCKS => middle,
+            None => small,
+        };
+        let args = [
+            p(w.at),
+            p(w.row_bytes() as u64),
+            n(w.matrix_rows)?,
+            n(w.rows)?,
+            n(layout::blocks(w.dtype, w.cols))?,
+            p(w.powers),
+            p(up.map_or(0, |u| u.0.powers)),
+            p(x.at),
+            n(x.stride)?,
+            p(x.scales),
+        ];
+        let args = [&args[..], &many_outputs(&made, jobs, up)?].concat();
+        let tiles = jobs.map_or(out.rows.div_ceil(columns), |j| j.count);
+        let grid = [tiles, w.rows.div_ceil(features / halves), 1];
+        self.run(self.many("matmul_half", w.dtype)?, entry, grid, threads, shared / 4, &args)
+    }
+
+    /// Rows of prompts in parts times weights of F16 or BF16, likewise.
     pub(super) fn matmul_split(
         &self,
         made: Product,
@@ -43,7 +100,7 @@ impl Launcher {
     ) -> Result<(), KernelError> {
         let Product { w, out, .. } = made;
         let m = self.many("matmul_split", w.dtype)?;
-        let columns = if w.dtype == DType::F16 { COLUMNS } else { 64 };
+        let columns = if w.dtype == DType::F16 { HALF } else { 64 };
         let halves = if up.is_some() { 2 } else { 1 };
         let tiles = |features: usize, columns: usize| {
             (out.rows.div_ceil(columns), w.rows.div_ceil(features / halves))

@@ -2,6 +2,7 @@
 //! summation is the kernel's too. With `RSINFER_TEST_GPU=cuda:0` each launch runs on that GPU as well, and gives the interpreter's bytes.
 
 mod attention;
+mod half;
 mod matmul;
 mod matvec;
 mod mla;

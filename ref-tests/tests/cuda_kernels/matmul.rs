@@ -141,12 +141,12 @@ fn many_columns_have_the_scalar_kernels_bits() {
     }
 }
 
-/// Jobs by expert: the order is a stable sort, tiles of 32 cover it, the rest of the list is empty.
-pub(crate) fn sorted(ids: &[u32], experts: usize) -> (Vec<u32>, Vec<u32>) {
+/// Jobs by expert: the order is a stable sort, tiles of `columns` cover it, the rest of the list is empty.
+pub(crate) fn sorted(ids: &[u32], columns: usize, experts: usize) -> (Vec<u32>, Vec<u32>) {
     let mut gpu = Gpu::new(module("router").unwrap());
-    let tiles = ids.len() / 32 + experts;
+    let tiles = ids.len() / columns + experts;
     let (dids, order, list) = (gpu.words(ids), gpu.room(ids.len()), gpu.room(3 * tiles));
-    let params = [p(dids), n(ids.len()), p(order), p(list)];
+    let params = [p(dids), n(ids.len()), n(columns), p(order), p(list)];
     gpu.run_shared("sort_experts", [experts, 1, 1], 256, experts, &params);
     let words = |at, n| gpu.read(at, n).iter().map(|x| x.to_bits()).collect();
     (words(order, ids.len()), words(list, 3 * tiles))
@@ -154,7 +154,9 @@ pub(crate) fn sorted(ids: &[u32], experts: usize) -> (Vec<u32>, Vec<u32>) {
 
 #[test]
 fn jobs_are_sorted_by_expert() {
-    for (jobs, experts) in [(1, 1), (7, 3), (256, 4), (257, 64), (600, 9), (1000, 2)] {
+    for (jobs, experts, columns) in
+        [(1, 1, 32), (7, 3, 128), (256, 4, 32), (257, 64, 32), (600, 9, 128), (1000, 2, 32)]
+    {
         let mut rng = Rng(jobs as u64);
         // The first experts get most; some none.
         let ids: Vec<u32> = (0..jobs)
@@ -163,7 +165,7 @@ fn jobs_are_sorted_by_expert() {
                 e.min((rng.bits() % experts as u64) as u32)
             })
             .collect();
-        let (order, tiles) = sorted(&ids, experts);
+        let (order, tiles) = sorted(&ids, columns, experts);
         let mut want: Vec<u32> = (0..jobs as u32).collect();
         want.sort_by_key(|j| ids[*j as usize]);
         assert_eq!(order, want, "{jobs} jobs, {experts} experts");
@@ -171,7 +173,8 @@ fn jobs_are_sorted_by_expert() {
         let mut first = 0;
         for e in 0..experts as u32 {
             let end = first + ids.iter().filter(|i| **i == e).count() as u32;
-            (first..end).step_by(32).for_each(|at| list.extend([e, at, end.min(at + 32)]));
+            let tiles = (first..end).step_by(columns);
+            tiles.for_each(|at| list.extend([e, at, end.min(at + columns as u32)]));
             first = end;
         }
         list.resize(tiles.len(), 0);
@@ -190,7 +193,7 @@ fn experts_take_their_rows_in_one_launch() {
                 (0..tokens * used).map(|_| (rng.bits() % experts as u64) as u32).collect();
             // One expert with more than a tile, one without any job.
             ids.iter_mut().enumerate().for_each(|(i, e)| *e = if i < 34 || *e == 3 { 1 } else { *e });
-            let (order, tiles) = sorted(&ids, experts);
+            let (order, tiles) = sorted(&ids, 32, experts);
             let [gate, up] = [0, 1].map(|_| weights(dtype, experts * hidden, d, Fill::Random, &mut rng));
             let x = rng.activations(tokens * d);
             let mut gpu = Gpu::new(text);
@@ -285,7 +288,7 @@ pub(crate) fn gated(
 fn heads_are_experts() {
     let (heads, rows, latent, nope) = (3, 14, 70, 64);
     let ids: Vec<u32> = (0..(rows * heads) as u32).map(|j| j % heads as u32).collect();
-    let (order, tiles) = sorted(&ids, heads);
+    let (order, tiles) = sorted(&ids, 32, heads);
     let dtype = DType::Q8_0;
     let mut rng = Rng(5);
     let host = weights(dtype, heads * latent, nope, Fill::Random, &mut rng);

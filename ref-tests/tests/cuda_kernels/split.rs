@@ -240,7 +240,7 @@ fn experts_and_gates() {
         let mut ids: Vec<u32> = (0..tokens * used).map(|_| (rng.bits() % experts as u64) as u32).collect();
         // One expert with more than a tile, one without any job.
         ids.iter_mut().enumerate().for_each(|(i, e)| *e = if i < 34 || *e == 3 { 1 } else { *e });
-        let (order, tiles) = sorted(&ids, experts);
+        let (order, tiles) = sorted(&ids, 32, experts);
         let [gate, up] = [0, 1].map(|_| weights(dtype, experts * hidden, d, Fill::Even, &mut rng));
         let x = rng.activations(tokens * d);
         let mut gpu = Gpu::new(text(dtype));

@@ -4,6 +4,13 @@
 #pragma once
 #include "mma.cuh"
 
+// x and y as f16, x in the lower half.
+__device__ __forceinline__ u32 halves(float x, float y) {
+    u32 h;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(y), "f"(x));
+    return h;
+}
+
 // x and y as hi + lo, x in the lower halves: to 2^-22 of itself, or 2^-25 where that is more. Scale so that the largest lies near 2^14.
 __device__ __forceinline__ void split(float x, float y, u32& hi, u32& lo) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(y), "f"(x));

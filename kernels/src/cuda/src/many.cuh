@@ -7,15 +7,14 @@ struct Tile {
     u32 matrix, first, end;
 };
 
-// This block's columns, `cols` at most: of the tiles of 32 that `sort_experts` lists (blocks of more take none), or where there is no list
-// of n for the only matrix.
+// This block's columns, `cols` at most: of the tiles that `sort_experts` lists (blocks of less than 32 share one of 32, others take one that is
+// no larger than they are), or where there is no list of n for the only matrix.
 template <u32 cols>
 __device__ __forceinline__ Tile tile_of(const Tile* tiles, u32 n) {
     Tile t = {0, 0, n};
     u32 at = blockIdx.x;
-    if constexpr (cols <= 32) {
-        if (tiles) t = tiles[at / (32 / cols)], at %= 32 / cols;
-    }
+    const u32 parts = cols < 32 ? 32 / cols : 1;
+    if (tiles) t = tiles[at / parts], at %= parts;
     t.first += at * cols;
     t.end = t.end < t.first + cols ? t.end : t.first + cols;
     return t;

@@ -18,6 +18,11 @@ struct F16 {
         parts[1] = fabsf(x) < INFINITY ? to_f16(x - f16(parts[0])) : 0;
     }
 };
+// One part, for weights that are rounded to f16 themselves (matmul_half.cu).
+struct HALF {
+    static const int PARTS = 1;
+    static __device__ __forceinline__ void split(float x, u16 (&parts)[PARTS]) { parts[0] = to_f16(x); }
+};
 // Three parts of eight bits are all of an f32: no scale is needed.
 struct BF16 {
     static const int PARTS = 3;
@@ -174,8 +179,8 @@ ENTRY(matmul_32, 2, 1, 2, 2, 40960)
 // Rows of x in parts: for every 32 values of a row of len (the last filled up with zeros) those of each part, 64 bytes, rows out_stride
 // bytes apart; for F16 of x times a power of two that brings the row's largest finite value near 2^14, and what undoes it in `scales`
 // (BF16: none). The grid: (rows), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) split_rows(
-    const float* x, u32 x_stride, u32 len, u8* out, u32 out_stride, float* scales) {
+template <class F>
+__device__ __forceinline__ void split(const float* x, u32 x_stride, u32 len, u8* out, u32 out_stride, float* scales) {
     __shared__ float most[256 / WARP];
     const u32 t = threadIdx.x;
     x += (u64)blockIdx.x * x_stride;
@@ -195,11 +200,22 @@ extern "C" __global__ void __launch_bounds__(256) split_rows(
         if (t == 0) scales[blockIdx.x] = 1.0f / scale;
     }
     for (u32 i = 2 * t; i < (len + 31) / 32 * 32; i += 512) {
-        u16 one[FORMAT::PARTS], two[FORMAT::PARTS];
-        FORMAT::split(i < len ? x[i] * scale : 0.0f, one);
-        FORMAT::split(i + 1 < len ? x[i + 1] * scale : 0.0f, two);
+        u16 one[F::PARTS], two[F::PARTS];
+        F::split(i < len ? x[i] * scale : 0.0f, one);
+        F::split(i + 1 < len ? x[i + 1] * scale : 0.0f, two);
 #pragma unroll
-        for (int p = 0; p < FORMAT::PARTS; p++)
-            *(u32*)(out + 64 * (i / 32 * FORMAT::PARTS + p) + 2 * (i % 32)) = one[p] | (u32)two[p] << 16;
+        for (int p = 0; p < F::PARTS; p++)
+            *(u32*)(out + 64 * (i / 32 * F::PARTS + p) + 2 * (i % 32)) = one[p] | (u32)two[p] << 16;
     }
 }
+
+#define ROWS(NAME, F)                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) NAME(                                      \
+        const float* x, u32 x_stride, u32 len, u8* out, u32 out_stride, float* scales) {         \
+        split<F>(x, x_stride, len, out, out_stride, scales);                                     \
+    }
+ROWS(split_rows, FORMAT)
+#ifdef HALF_ROWS
+// The same in one f16 part, for weights of block formats.
+ROWS(half_rows, HALF)
+#endif

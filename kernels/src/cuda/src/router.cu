@@ -114,9 +114,9 @@ extern "C" __global__ void __launch_bounds__(WARP) route(
     }
 }
 
-// Jobs sorted by expert, those of one in order, and the tiles of 32 that `matmul` takes: tile k is (expert, first place, end). There is
-// room for jobs / 32 + experts tiles; those not needed are left empty. The grid: experts, 256 threads, shared memory for `experts` words.
-extern "C" __global__ void __launch_bounds__(256) sort_experts(const u32* ids, u32 jobs, u32* order, u32* tiles) {
+// Jobs sorted by expert, those of one in order, and tiles of at most `columns` of them, as products take them: tile k is (expert, first place,
+// end). There is room for jobs / columns + experts tiles; those not needed are left empty. The grid: experts, 256 threads, shared memory for `experts` words.
+extern "C" __global__ void __launch_bounds__(256) sort_experts(const u32* ids, u32 jobs, u32 columns, u32* order, u32* tiles) {
     extern __shared__ u32 counts[];
     __shared__ u32 first, tile, ranks[8];
     const u32 t = threadIdx.x, lane = t % WARP, e = blockIdx.x, experts = gridDim.x;
@@ -128,18 +128,18 @@ extern "C" __global__ void __launch_bounds__(256) sort_experts(const u32* ids, u
     // What lies before this expert's: integers, so that no order of adding matters.
     for (u32 i = t; i < e; i += 256) {
         atomicAdd(&first, counts[i]);
-        atomicAdd(&tile, (counts[i] + 31) / 32);
+        atomicAdd(&tile, (counts[i] + columns - 1) / columns);
     }
     __syncthreads();
-    const u32 begin = first, end = begin + counts[e], mine = (counts[e] + 31) / 32;
+    const u32 begin = first, end = begin + counts[e], mine = (counts[e] + columns - 1) / columns;
     for (u32 i = t; i < mine; i += 256) {
         u32* to = tiles + 3 * (tile + i);
         to[0] = e;
-        to[1] = begin + 32 * i;
-        to[2] = begin + 32 * i + 32 < end ? begin + 32 * i + 32 : end;
+        to[1] = begin + columns * i;
+        to[2] = to[1] + columns < end ? to[1] + columns : end;
     }
     if (e == experts - 1) {
-        for (u32 i = tile + mine + t; i < jobs / 32 + experts; i += 256) tiles[3 * i] = tiles[3 * i + 1] = tiles[3 * i + 2] = 0;
+        for (u32 i = tile + mine + t; i < jobs / columns + experts; i += 256) tiles[3 * i] = tiles[3 * i + 1] = tiles[3 * i + 2] = 0;
     }
     u32 place = begin;
     for (u32 at = 0; at < jobs; at += 256) {
