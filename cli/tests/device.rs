@@ -10,8 +10,9 @@ const RUN: [&str; 11] =
 
 #[test]
 fn a_gpu_answers_as_the_cpu_does() {
-    // Without graphs, too: then all goes out launch by launch. And where no memory can be pinned: each copy is waited for.
-    for fault in ["", "no graphs", "nothing pinned"] {
+    // Without graphs, too: then all goes out launch by launch. Where no memory can be pinned: each copy is waited for. And with launches that
+    // overlap, or would.
+    for fault in ["", "no graphs", "nothing pinned", "hopper", "no overlaps"] {
         let Some(o) = with_driver(fault, &RUN) else { return };
         let text = String::from_utf8_lossy(&o.stderr);
         assert!(o.status.success(), "{text}");

@@ -2,8 +2,9 @@
 //! as libcuda.so.1, so that the program's way to a GPU runs to its end where there is none. Whatever is asynchronous happens as late as it
 //! may: when the host waits; a copy from memory that is not pinned, which may be read until then, must be waited for at once.
 //! `RSINFER_TEST_DRIVER` asks for what goes wrong: `old`, `none`, `busy`, `pre-turing`, `small`, `nothing pinned`, `refuses`, `lost`, `no graphs`,
-//! `lost in a graph`; `wrong:ENTRY` (that kernel subtracts where it first adds), `faults:ENTRY` (the GPU is lost when it is launched),
-//! `hangs:ENTRY`. Must not know of the backend.
+//! `lost in a graph`; `hopper` (a GPU whose kernels may overlap), `no overlaps` (the same, of a driver that takes no edges for that);
+//! `wrong:ENTRY` (that kernel subtracts where it first adds), `faults:ENTRY` (the GPU is lost when it is launched), `hangs:ENTRY`. Must not know
+//! of the backend.
 // NVIDIA documents what these do and ask.
 #![allow(clippy::missing_safety_doc, missing_docs)]
 
@@ -53,8 +54,8 @@ struct State {
 /// A node of a graph, or a call that is asynchronous.
 #[derive(Clone)]
 enum Node {
-    /// Function, grid, threads, shared memory, arguments.
-    Kernel(usize, [c_uint; 3], [c_uint; 3], c_uint, Vec<Param>),
+    /// Function, grid, threads, shared memory, arguments; how it depends on the node before.
+    Kernel(usize, [c_uint; 3], [c_uint; 3], c_uint, Vec<Param>, Behind),
     /// To, from (on the host), bytes.
     Copy(u64, usize, usize),
     /// To (on the host), from, bytes.
@@ -83,8 +84,8 @@ impl State {
             let Some(node) = self.waits.pop_front() else { break };
             self.done += 1;
             let code = match node {
-                Node::Kernel(function, grid, block, shared, values) => {
-                    run(self, function, grid, block, shared, &values)
+                Node::Kernel(function, grid, block, shared, values, behind) => {
+                    run(self, function, grid, block, shared, &values, behind == Behind::Early)
                 }
                 Node::Copy(to, from, bytes) => {
                     let from = std::ptr::with_exposed_provenance(from);
@@ -112,6 +113,16 @@ impl State {
     fn all(&mut self) -> c_int {
         self.until(self.done + self.waits.len())
     }
+}
+
+/// How a node depends on the one before.
+#[derive(Clone, Copy, PartialEq)]
+enum Behind {
+    /// Not yet.
+    Open,
+    Full,
+    /// It may begin while that one runs.
+    Early,
 }
 
 /// `CUDA_KERNEL_NODE_PARAMS_v2`.
@@ -238,6 +249,7 @@ pub unsafe extern "system" fn cuDeviceGetName(name: *mut c_char, len: c_int, _: 
 pub unsafe extern "system" fn cuDeviceGetAttribute(x: *mut c_int, what: c_int, device: c_int) -> c_int {
     let value = match what {
         75 if asked("pre-turing") => 7,
+        75 if asked("hopper") || asked("no overlaps") => 9,
         75 => 8,
         76 => 0,
         97 => SHARED,
@@ -445,7 +457,7 @@ pub unsafe extern "system" fn cuLaunchKernel(
     // SAFETY: the caller's.
     let Some(values) = (unsafe { arguments(s, number(function), params) }) else { return INVALID_VALUE };
     let block = [threads_x, threads_y, threads_z];
-    s.later(Node::Kernel(number(function), [x, y, z], block, shared, values))
+    s.later(Node::Kernel(number(function), [x, y, z], block, shared, values, Behind::Full))
 }
 
 /// The arguments of a launch.
@@ -475,6 +487,7 @@ fn run(
     block: [c_uint; 3],
     shared: c_uint,
     values: &[Param],
+    overlaps: bool,
 ) -> c_int {
     let State { machine, modules, functions, lost, .. } = s;
     let (m, name) = &functions[function];
@@ -486,7 +499,10 @@ fn run(
         std::thread::sleep(std::time::Duration::from_secs(3600));
     }
     let kernel = modules[*m].kernel(name).expect("found before");
-    code(machine.launch(kernel, grid, block, shared as usize, values))
+    code(match overlaps {
+        true => machine.launch_overlapping(kernel, grid, block, shared as usize, values),
+        false => machine.launch(kernel, grid, block, shared as usize, values),
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -548,7 +564,7 @@ pub unsafe extern "system" fn cuGraphCreate(graph: *mut *mut c_void, _: c_uint) 
     unsafe { give(graph, handle(s.graphs.len() - 1)) }
 }
 
-/// Adds a node behind the last, which `after` must name.
+/// Adds a node behind the last, which `after` must name, or an edge that follows.
 ///
 /// # Safety
 /// `after` points to `count` handles, `node` to room for one.
@@ -558,14 +574,17 @@ unsafe fn add(
     graph: *mut c_void,
     after: *const *mut c_void,
     count: usize,
-    what: Node,
+    mut what: Node,
 ) -> c_int {
     let Some(nodes) = s.graphs.get_mut(number(graph)) else { return INVALID_VALUE };
     // SAFETY: the caller's.
-    let chained = count == usize::from(!nodes.is_empty())
-        && (count == 0 || number(unsafe { *after }) == nodes.len() - 1);
-    if !chained {
-        return INVALID_VALUE;
+    let chained = nodes.is_empty() && count == 0
+        || count == 1 && number(unsafe { *after }).wrapping_add(1) == nodes.len();
+    match &mut what {
+        Node::Kernel(.., behind) if chained => *behind = Behind::Full,
+        Node::Copy(..) if !chained => return INVALID_VALUE,
+        _ if count > 1 => return INVALID_VALUE,
+        _ => {}
     }
     nodes.push(what);
     // SAFETY: the caller's.
@@ -583,7 +602,38 @@ unsafe fn kernel_node(s: &State, what: &KernelNode) -> Option<Node> {
     }
     // SAFETY: the caller's.
     let values = unsafe { arguments(s, function, what.params) }?;
-    what.extra.is_null().then_some(Node::Kernel(function, what.grid, what.block, what.shared, values))
+    let node = Node::Kernel(function, what.grid, what.block, what.shared, values, Behind::Open);
+    what.extra.is_null().then_some(node)
+}
+
+/// One edge of the kind that lets a kernel begin early, from the kernel before.
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn cuGraphAddDependencies_v2(
+    graph: *mut c_void,
+    from: *const *mut c_void,
+    to: *const *mut c_void,
+    edge: *const [u8; 8],
+    count: usize,
+) -> c_int {
+    if asked("no overlaps") {
+        return NOT_SUPPORTED;
+    }
+    let s = &mut *state();
+    let Some(nodes) = s.graphs.get_mut(number(graph)).filter(|_| count == 1) else { return INVALID_VALUE };
+    // SAFETY: the caller's.
+    let (from, to, edge) = unsafe { (number(*from), number(*to), *edge) };
+    // From port 1 to port 0, type 1.
+    if edge != [1, 0, 1, 0, 0, 0, 0, 0]
+        || to != from + 1
+        || !matches!(nodes.get(from), Some(Node::Kernel(..)))
+    {
+        return INVALID_VALUE;
+    }
+    match nodes.get_mut(to) {
+        Some(Node::Kernel(.., behind @ Behind::Open)) => *behind = Behind::Early,
+        _ => return INVALID_VALUE,
+    }
+    OK
 }
 
 #[unsafe(no_mangle)]
@@ -640,6 +690,9 @@ pub unsafe extern "system" fn cuGraphInstantiateWithFlags(
     let Some(nodes) = s.graphs.get(number(graph)).filter(|_| flags == 0).cloned() else {
         return INVALID_VALUE;
     };
+    if nodes.iter().any(|n| matches!(n, Node::Kernel(.., Behind::Open))) {
+        return INVALID_VALUE;
+    }
     s.graphs.push(nodes);
     // SAFETY: the caller's.
     unsafe { give(exec, handle(s.graphs.len() - 1)) }
@@ -654,8 +707,11 @@ pub unsafe extern "system" fn cuGraphExecKernelNodeSetParams_v2(
     let s = &mut *state();
     // SAFETY: the caller's.
     let Some(new) = (unsafe { kernel_node(s, &*what) }) else { return INVALID_VALUE };
-    match s.graphs.get_mut(number(exec)).and_then(|g| g.get_mut(number(node))) {
-        Some(old @ Node::Kernel(..)) => *old = new,
+    match (s.graphs.get_mut(number(exec)).and_then(|g| g.get_mut(number(node))), new) {
+        // Edges stay.
+        (Some(Node::Kernel(f, g, b, s, v, _)), Node::Kernel(function, grid, block, shared, values, _)) => {
+            (*f, *g, *b, *s, *v) = (function, grid, block, shared, values);
+        }
         _ => return INVALID_VALUE,
     }
     OK

@@ -18,6 +18,8 @@ pub enum Fault {
     Launch(usize),
     /// The n-th call from now that makes, changes or runs a graph is refused, and so are all that follow.
     Graph(usize),
+    /// Graphs of launches that overlap are refused.
+    Overlaps,
     /// The n-th call of any kind from now finds the GPU lost, and so do all that follow.
     Lost(usize),
 }
@@ -50,6 +52,8 @@ pub struct Counts {
     pub changes: usize,
     /// Graphs run.
     pub runs: usize,
+    /// Launches of graphs that may begin while the one before runs.
+    pub overlaps: usize,
 }
 
 impl std::ops::Sub for Counts {
@@ -64,6 +68,7 @@ impl std::ops::Sub for Counts {
             graphs: self.graphs - before.graphs,
             changes: self.changes - before.changes,
             runs: self.runs - before.runs,
+            overlaps: self.overlaps - before.overlaps,
         }
     }
 }
@@ -238,8 +243,14 @@ impl State {
         if refused { Err(refusal("launch")) } else { Ok(()) }
     }
 
-    /// One kernel.
-    fn execute(&mut self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
+    /// One kernel; `overlaps`: those before it may still run.
+    fn execute(
+        &mut self,
+        kernel: KernelId,
+        launch: Launch,
+        args: &[Arg],
+        overlaps: bool,
+    ) -> Result<(), GpuError> {
         let (m, entry) = self.kernels[kernel.0].clone();
         self.tell(Call::Launch(entry.clone()));
         let module = self.modules[m].1.clone();
@@ -252,7 +263,11 @@ impl State {
             })
             .collect();
         let block = [launch.threads, 1, 1];
-        let done = self.machine.launch(&module, &entry, launch.grid, block, launch.shared as usize, &params);
+        let (machine, shared) = (&mut self.machine, launch.shared as usize);
+        let done = match overlaps {
+            true => machine.launch_overlapping(&module, &entry, launch.grid, block, shared, &params),
+            false => machine.launch(&module, &entry, launch.grid, block, shared, &params),
+        };
         done.map(|_| ()).map_err(failed("launch"))
     }
 
@@ -363,7 +378,7 @@ impl Gpu for Interpreted {
         s.counts.launches += 1;
         s.launches()?;
         s.fits(kernel, launch)?;
-        s.execute(kernel, launch, args)
+        s.execute(kernel, launch, args, false)
     }
 
     fn synchronize(&self) -> Result<(), GpuError> {
@@ -378,6 +393,10 @@ impl Gpu for Interpreted {
             if let Step::Launch { kernel, launch, .. } = *step {
                 s.fits(kernel, launch)?;
             }
+        }
+        let overlaps = |s: &Step<'_>| matches!(s, Step::Launch { launch, .. } if launch.overlaps);
+        if s.fault == Some(Fault::Overlaps) && steps.iter().any(overlaps) {
+            return Err(refusal("graph"));
         }
         let kept = |step: &Step<'_>| match *step {
             Step::Launch { kernel, launch, args } => Kept::Launch(kernel, launch, args.to_vec()),
@@ -408,11 +427,17 @@ impl Gpu for Interpreted {
         assert!(!std::mem::replace(&mut s.running, true), "the host waits between two graphs");
         assert!(bytes.len() <= STAGED);
         s.counts.runs += 1;
-        let mut rest = bytes;
+        let (mut rest, mut behind) = (bytes, false);
         for step in steps {
             match step {
-                Kept::Launch(kernel, launch, args) => s.execute(kernel, launch, &args)?,
+                Kept::Launch(kernel, launch, args) => {
+                    let overlaps = launch.overlaps && behind;
+                    s.counts.overlaps += usize::from(overlaps);
+                    s.execute(kernel, launch, &args, overlaps)?;
+                    behind = true;
+                }
                 Kept::Write(at, n) => {
+                    behind = false;
                     let (some, more) = rest.split_at(n);
                     s.tell(Call::Write);
                     s.machine.write(at, some).map_err(failed("write"))?;

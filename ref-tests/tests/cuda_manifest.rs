@@ -60,14 +60,26 @@ const NEWER_ALONE: [&str; 5] =
 #[test]
 fn every_gpu_has_a_text_of_every_module() {
     for m in all() {
-        let base = m.name.strip_suffix("_sm80").unwrap_or(m.name);
+        let base = m.name.strip_suffix(&format!("_sm{}", m.target())).unwrap_or(m.name);
         let newer = NEWER_ALONE.iter().any(|n| base.starts_with(n));
         assert_eq!(text_for(base, 75).is_none(), newer, "{base}");
         for sm in [75, 80, 90, 120].into_iter().filter(|sm| *sm > 75 || !newer) {
             let text = text_for(base, sm).unwrap_or_else(|| panic!("{base} for sm_{sm}"));
             assert!(text.target() <= sm && text.name.starts_with(base));
         }
-        assert!(m.target() == 75 || text_for(base, 80).unwrap().name == m.name, "{}", m.name);
+        assert_eq!(text_for(base, m.target()).unwrap().name, m.name);
+    }
+}
+
+/// Kernels that may begin while those before run wait for them; no other has anything to do with that.
+#[test]
+fn kernels_that_overlap_wait() {
+    for m in all() {
+        for entry in m.text.split(".entry ").skip(1) {
+            let says =
+                ["griddepcontrol.launch_dependents;", "griddepcontrol.wait;"].map(|i| entry.contains(i));
+            assert_eq!(says, [m.overlaps(); 2], "{}: {}", m.name, entry.lines().next().unwrap_or(""));
+        }
     }
 }
 

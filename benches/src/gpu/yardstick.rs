@@ -137,7 +137,7 @@ impl Peaks {
         gpu.zero(from, bytes as usize)?;
         gpu.zero(to, bytes as usize)?;
         let run = |entry: &str, rounds: u32| -> Result<f64, GpuError> {
-            let launch = Launch { grid: [blocks, 1, 1], threads: THREADS, shared: 0 };
+            let launch = Launch { grid: [blocks, 1, 1], threads: THREADS, shared: 0, overlaps: false };
             let args = vec![Arg::U64(from), Arg::U64(to), Arg::U32(rounds)];
             let call: Call = gpu.call(module(), entry, launch, args)?;
             gpu.seconds(&[call], toy)

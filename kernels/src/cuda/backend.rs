@@ -5,7 +5,6 @@
 use super::gpu::{Counted, Gpu, Memory};
 use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
-use super::modules;
 use super::operands::{
     BLOCK_BYTES, Cache, Floats, Input, Jobs, Matrix, Product, Rounded, Sorted, input_bytes, inputs_bytes,
 };
@@ -64,7 +63,7 @@ impl CudaBackend {
         let gpu = Arc::new(Counted::new(gpu));
         let kernels = Launcher::new(gpu.clone());
         for m in ["rows", "round", "router", "cache"] {
-            modules::module(m).map_or(Ok(()), |m| kernels.load(m))?;
+            kernels.text(m).map_or(Ok(()), |m| kernels.load(m))?;
         }
         let scratch = Mutex::new(Scratch::new(gpu.clone()));
         Ok(Self { name, gpu, kernels, scratch, host: CpuBackend::new(1) })
@@ -304,7 +303,7 @@ impl Backend for CudaBackend {
 
     fn alloc_kv(&self, dtype: DType, slots: usize, width: usize) -> Result<KvBuf, KernelError> {
         let bytes = kv_bytes(dtype, slots, width)?;
-        modules::of("store", dtype).map_or(Ok(()), |m| self.kernels.load(m))?;
+        self.kernels.of("store", dtype).map_or(Ok(()), |m| self.kernels.load(m))?;
         let memory = self.memory(bytes, "KV cache")?;
         self.gpu.gpu.zero(memory.at(), bytes)?;
         KvBuf::device(dtype, slots, width, memory)
@@ -314,7 +313,7 @@ impl Backend for CudaBackend {
         if !host.is_backed() || host.place() != Place::HOST {
             return Err(KernelError::Place { op: "upload" });
         }
-        self.kernels.load(modules::of_format(host.dtype()))?;
+        self.kernels.load(self.kernels.of("matvec", host.dtype())?)?;
         let row = layout::row_bytes(host.dtype(), host.cols());
         let memory = self.memory(weight_bytes(&host), "weights")?;
         let (each, bytes, total, mut next) = (host.rows(), host.row_bytes(), host.count() * host.rows(), 0);

@@ -50,6 +50,9 @@ MODULES = (
     + [("prompt_half_f16_sm80", "prompt_half.cu", "F16", 80)]
     + [("matmul_split_f16_sm80", "matmul_split.cu", "F16,HALF_ROWS", 80), ("matmul_split_bf16_sm80", "matmul_split.cu", "BF16", 80)]
 )
+# What decoding launches, in texts of kernels that begin while the one before ends (overlap.cuh).
+OVERLAPS = ["matvec.cu", "float.cu", "attention.cu", "store.cu", "round.cu", "router.cu", "rows.cu"]
+MODULES += [(f"{name}_sm90", source, fmt, 90) for name, source, fmt, arch in MODULES if source in OVERLAPS and arch == 75]
 
 
 def install(folder):
@@ -123,7 +126,7 @@ def build(folder, out):
     """Everything that is committed, made anew below `out`."""
     _, ptxas = tools(folder)
     (out / "ptx").mkdir(exist_ok=True)
-    table, spills, names = [], [], [m[0] for m in MODULES]
+    table, spills = [], []
 
     def module(name, arch):
         """Its text, and what ptxas says of it for each target."""
@@ -133,8 +136,9 @@ def build(folder, out):
             sys.exit(f"{name} does not compile")
         path = out / "ptx" / f"{name}.ptx"
         path.write_text(made.stdout)
-        last = 80 if f"{name}_sm80" in names else 1000
-        return {a: resources(ptxas, path, a) for a in ONLY.get(name, TARGETS) if arch <= a < last}
+        base = name.removesuffix(f"_sm{arch}")
+        newer = [a for n, _, _, a in MODULES if a > arch and n == f"{base}_sm{a}"]
+        return {a: resources(ptxas, path, a) for a in ONLY.get(name, TARGETS) if arch <= a < min(newer, default=1000)}
 
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     jobs = {name: pool.submit(module, name, arch) for name, _, _, arch in MODULES}

@@ -121,6 +121,8 @@ struct Api {
     functions: Functions,
     /// `None`: a driver without.
     graphs: Option<graph::Functions>,
+    /// `None`: one of before CUDA 12.3.
+    edges: Option<graph::Edges>,
     /// Keeps the functions where they are.
     _library: Library,
 }
@@ -154,7 +156,8 @@ impl Api {
         let library = unsafe { Library::new(LIBRARY) };
         let library = library.map_err(|_| GpuError::NoDriver { library: LIBRARY.into() })?;
         let (functions, graphs) = (Functions::of(&library)?, graph::Functions::of(&library).ok());
-        let api = Self { functions, graphs, _library: library };
+        let edges = graph::Edges::of(&library).ok();
+        let api = Self { functions, graphs, edges, _library: library };
         // SAFETY: as documented; no pointers.
         let begun = unsafe { (api.init)(0) };
         if begun != code::NO_DEVICE {

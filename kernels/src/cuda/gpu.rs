@@ -124,6 +124,9 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory of a block; with what the kernel declares at most [`GpuInfo::shared`].
     pub shared: u32,
+    /// In a graph, behind another launch: it may begin while that one runs, and whatever that one may overlap. The kernel itself waits for
+    /// them before it touches what they write, or writes.
+    pub overlaps: bool,
 }
 
 /// A step of a graph.
@@ -215,7 +218,7 @@ pub trait Gpu: Send + Sync {
     fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
     /// Waits for everything, and reports what went wrong meanwhile.
     fn synchronize(&self) -> Result<(), GpuError>;
-    /// A graph of `steps`, each after the one before, that the GPU runs at one call. Its writes have at most [`STAGED`] bytes. A GPU that
+    /// A graph of `steps`, each after the one before (but see [`Launch::overlaps`]), that the GPU runs at one call. Its writes have at most [`STAGED`] bytes. A GPU that
     /// knows no graphs refuses, and launches one by one do the same.
     fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError>;
     /// Another grid and other arguments for step `i` of a graph, a launch of the same kernel.

@@ -193,16 +193,28 @@ impl Launcher {
             return refuse(format!("{entry} of {} needs {shared} shared values of {room}", module.name));
         }
         let kernel = self.kernel(module, entry)?;
-        let launch = Launch { grid: grid.map(|n| n as u32), threads, shared: 4 * shared as u32 };
+        let launch = Launch {
+            grid: grid.map(|n| n as u32),
+            threads,
+            shared: 4 * shared as u32,
+            overlaps: module.overlaps(),
+        };
         Ok(self.gpu.gpu.launch(kernel, launch, args)?)
     }
 
-    fn base(&self, name: &str) -> Result<&'static Ptx, KernelError> {
-        modules::module(name).map_or_else(|| refuse(format!("no module {name}")), Ok)
+    /// The text of a module for this GPU, where it has one.
+    pub(super) fn text(&self, name: &str) -> Option<&'static Ptx> {
+        modules::text_for(name, 10 * self.capability.0 + self.capability.1)
     }
 
-    fn of(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
-        modules::of(kind, dtype).map_or_else(|| refuse(format!("no {kind} kernels for {dtype}")), Ok)
+    fn base(&self, name: &str) -> Result<&'static Ptx, KernelError> {
+        self.text(name).map_or_else(|| refuse(format!("no module {name}")), Ok)
+    }
+
+    /// The text of a kind of kernels for weights or caches of this type.
+    pub(super) fn of(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
+        let text = self.text(&modules::name_of(kind, dtype));
+        text.map_or_else(|| refuse(format!("no {kind} kernels for {dtype}")), Ok)
     }
 
     /// Calls `f` for runs of at most as many rows as a grid has along y.
@@ -383,7 +395,7 @@ impl Launcher {
         let (entry, each) = for_columns(entries, x, jobs);
         let blocks = products.iter().map(|p| p.w.rows.div_ceil(4 * each)).sum();
         let grid = [blocks, jobs.map_or(1, |_| products[0].out.rows), 1];
-        self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
+        self.run(self.of("matvec", w.dtype)?, entry, grid, 128, 0, &args)
     }
 
     /// The same of gate and up, with the activation.
@@ -404,7 +416,7 @@ impl Launcher {
         let entries = [("gate_1", 1), ("gate_2", 1), ("gate_4", 1), ("gate_8", 2)];
         let (entry, each) = for_columns(entries, x, jobs);
         let grid = [w.rows.div_ceil(4 * each), jobs.map_or(1, |_| out.rows), 1];
-        self.run(modules::of_format(w.dtype), entry, grid, 128, 0, &args)
+        self.run(self.of("matvec", w.dtype)?, entry, grid, 128, 0, &args)
     }
 
     /// What kernels for few columns are told of rows of weights, x and jobs.
@@ -421,17 +433,6 @@ impl Launcher {
             p(ids),
             n(share)?,
         ])
-    }
-
-    /// The text of a module for this GPU, where it has one.
-    pub(super) fn text(&self, name: &str) -> Option<&'static Ptx> {
-        modules::text_for(name, 10 * self.capability.0 + self.capability.1)
-    }
-
-    /// The text of a kind of products with many columns for this GPU.
-    pub(super) fn many(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
-        let name = format!("{kind}_{}", dtype.name().to_ascii_lowercase());
-        self.text(&name).map_or_else(|| refuse(format!("no module {name}")), Ok)
     }
 
     /// Many columns: all of x for one matrix, or `jobs` by expert, row j of out being job j. With `up`, `act(W x) * (up x)`. A column's
@@ -473,7 +474,7 @@ impl Launcher {
         let args = [&args[..], &many_outputs(&made, jobs, up)?].concat();
         let tiles = jobs.map_or(out.rows.div_ceil(columns), |j| j.count);
         let grid = [tiles, w.rows.div_ceil(features / halves), 1];
-        self.run(self.many("matmul", w.dtype)?, entry, grid, threads, shared / 4, &args)
+        self.run(self.of("matmul", w.dtype)?, entry, grid, threads, shared / 4, &args)
     }
 
     /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / columns + experts`.
@@ -492,7 +493,7 @@ impl Launcher {
 
     /// Whether prompts over such caches go in tiles; others go row by row.
     pub fn takes_prompts(&self, first: Cache, second: Cache, value: usize) -> bool {
-        value <= 256 && modules::of_pair("prompt", first.dtype, second.dtype).is_some()
+        value <= 256 && self.pair("prompt", first, second).is_ok()
     }
 
     /// Attention of a prompt's rows; out `[rows, heads * value]`.
@@ -526,7 +527,7 @@ impl Launcher {
         step: usize,
         out: u64,
     ) -> Result<(), KernelError> {
-        let m = modules::of_format(w.dtype);
+        let m = self.of("matvec", w.dtype)?;
         Self::rows(x.rows, |r| {
             let (x, to) = (x.part(r.clone()), out + 4 * (r.start * heads * w.cols) as u64);
             let args = [
@@ -546,7 +547,7 @@ impl Launcher {
 
     /// `out[j] = scale * table[ids[j]]`.
     pub fn embed(&self, table: Matrix, ids: u64, scale: f32, out: Floats) -> Result<(), KernelError> {
-        let m = modules::of_format(table.dtype);
+        let m = self.of("matvec", table.dtype)?;
         Self::rows(out.rows, |r| {
             let (to, ids) = (out.part(r.clone()), ids + 4 * r.start as u64);
             let args = [
@@ -685,7 +686,7 @@ impl Launcher {
                 "no {kind} kernels for caches of {a} and {b}: use one type, or two of f16, q8_0, q4_0"
             ))
         };
-        modules::of_pair(kind, a, b).map_or_else(none, Ok)
+        self.text(&modules::name_of_pair(kind, a, b)).map_or_else(none, Ok)
     }
 
     /// Stores row i of each x in slot `slots[i]` of its cache; slots differ. One launch where both caches are of one type.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 /// The committed PTX of a module.
 pub struct Ptx {
-    /// Its name, as in `ptx/NAME.ptx`. A text for newer GPUs ends in `_sm80`.
+    /// Its name, as in `ptx/NAME.ptx`. A text for newer GPUs ends in `_sm80` or `_sm90`.
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
@@ -15,12 +15,20 @@ pub struct Ptx {
 impl Ptx {
     /// The lowest compute capability that takes it, as in `sm_75`.
     pub fn target(&self) -> u32 {
-        if self.name.ends_with(NEWER) { 80 } else { 75 }
+        parts(self.name).1
+    }
+
+    /// Whether its kernels may begin while the one before ends: each of their threads waits for that (`src/overlap.cuh`).
+    pub fn overlaps(&self) -> bool {
+        self.target() >= 90
     }
 }
 
-/// How texts are named that need compute capability 8.0: another of the same module serves Turing, if any does.
-const NEWER: &str = "_sm80";
+/// A text's module, and the lowest compute capability that takes it: another of the same module serves older GPUs, if any does.
+fn parts(name: &str) -> (&str, u32) {
+    let newer = name.rsplit_once("_sm").and_then(|(module, sm)| Some((module, sm.parse().ok()?)));
+    newer.unwrap_or((name, 75))
+}
 
 macro_rules! modules {
     ($($name:ident)*) => {
@@ -54,6 +62,13 @@ modules! {
     mass_f16_q8_0 mass_f16_q4_0 mass_q8_0_f16 mass_q8_0_q4_0 mass_q4_0_f16 mass_q4_0_q8_0
     mla_f16_sm80 mla_small_f16_sm80
     cache round router rows
+    matvec_q4_0_sm90 matvec_q4_1_sm90 matvec_q5_0_sm90 matvec_q5_1_sm90 matvec_q8_0_sm90 matvec_q2_k_sm90 matvec_q3_k_sm90
+    matvec_q4_k_sm90 matvec_q5_k_sm90 matvec_q6_k_sm90 matvec_q8_k_sm90 matvec_iq4_nl_sm90 matvec_iq4_xs_sm90
+    matvec_mxfp4_sm90 matvec_f32_sm90 matvec_f16_sm90 matvec_bf16_sm90
+    attention_f32_sm90 attention_f16_sm90 attention_bf16_sm90 attention_q8_0_sm90 attention_q4_0_sm90 attention_f16_q8_0_sm90
+    attention_f16_q4_0_sm90 attention_q8_0_f16_sm90 attention_q8_0_q4_0_sm90 attention_q4_0_f16_sm90 attention_q4_0_q8_0_sm90
+    store_f32_sm90 store_f16_sm90 store_bf16_sm90 store_q8_0_sm90 store_q4_0_sm90
+    round_sm90 router_sm90 rows_sm90
 }
 
 /// Unpacked when it is first asked for, and kept.
@@ -78,26 +93,27 @@ pub fn module(name: &str) -> Option<&'static Ptx> {
 
 /// The text of this module for a GPU of compute capability `sm` (75, 80, ...): the newest that it takes.
 pub fn text_for(name: &str, sm: u32) -> Option<&'static Ptx> {
-    let newer = PACKED.iter().position(|m| m.0.strip_suffix(NEWER) == Some(name)).map(unpacked);
-    newer.filter(|m| m.target() <= sm).or_else(|| module(name))
+    let takes = |i: &usize| {
+        let (module, target) = parts(PACKED[*i].0);
+        module == name && target <= sm
+    };
+    (0..PACKED.len()).filter(takes).max_by_key(|i| parts(PACKED[*i].0).1).map(unpacked)
 }
 
-/// The module that multiplies weights of `dtype` and looks up their rows.
+/// The text that all GPUs take of the module that multiplies weights of `dtype` and looks up their rows.
 pub fn of_format(dtype: DType) -> &'static Ptx {
-    of("matvec", dtype).expect("every format has its module")
+    module(&name_of("matvec", dtype)).expect("every format has its module")
 }
 
-/// The module of a kind (`matvec`; for cache types `attention`, `mass`) and format.
-pub fn of(kind: &str, dtype: DType) -> Option<&'static Ptx> {
-    module(&format!("{kind}_{}", dtype.name().to_ascii_lowercase()))
+/// The name of the module of a kind (`matvec`; for cache types `attention`, `mass`) and format.
+pub fn name_of(kind: &str, dtype: DType) -> String {
+    format!("{kind}_{}", dtype.name().to_ascii_lowercase())
 }
 
-/// The module of a kind (`attention`, `mass`) for a layer's two caches, where there is one.
-pub fn of_pair(kind: &str, first: DType, second: DType) -> Option<&'static Ptx> {
-    if first == second {
-        return of(kind, first);
-    }
-    module(&format!("{kind}_{}_{}", first.name(), second.name()).to_ascii_lowercase())
+/// The name of the module of a kind (`attention`, `mass`) for a layer's two caches.
+pub fn name_of_pair(kind: &str, first: DType, second: DType) -> String {
+    let of = name_of(kind, first);
+    if first == second { of } else { name_of(&of, second) }
 }
 
 /// What the texts were compiled from, and by what.

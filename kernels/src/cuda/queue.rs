@@ -27,7 +27,9 @@ struct State {
     held: Tape,
     kinds: Vec<Kind>,
     clock: u64,
-    /// The GPU refused a graph: it is not asked again.
+    /// The GPU refused a graph of launches that overlap: none do from then on.
+    apart: bool,
+    /// It refused one of others: it is not asked again.
     plain: bool,
     /// A graph may still read its bytes.
     runs: bool,
@@ -101,6 +103,10 @@ impl Tape {
         self.each().zip(other.each()).filter(|((a, _), (b, _))| launch(*a) && a != b).count()
     }
 
+    fn overlaps(&self) -> bool {
+        self.steps.iter().any(|s| matches!(s, Held::Launch { launch, .. } if launch.overlaps))
+    }
+
     /// Sends the steps one by one.
     fn play(&self, gpu: &dyn Gpu) -> Result<(), GpuError> {
         self.each().try_for_each(|(step, bytes)| match step {
@@ -135,15 +141,17 @@ impl State {
                 Ok(false) => {}
                 Err(e @ GpuError::Lost { .. }) => return Err(e),
                 // Nothing of it ran.
-                Err(_) => self.without_graphs(gpu),
+                Err(_) => self.refused(gpu, held.overlaps()),
             }
         }
         held.play(gpu)
     }
 
-    fn without_graphs(&mut self, gpu: &dyn Gpu) {
-        self.plain = true;
-        self.holds = false;
+    /// There are no graphs like the one that was refused any more: of launches that overlap, or at all.
+    fn refused(&mut self, gpu: &dyn Gpu, overlaps: bool) {
+        self.apart = true;
+        self.plain = !overlaps;
+        self.holds &= overlaps;
         for g in self.kinds.drain(..).filter_map(|k| k.graph) {
             // A refusal here changes nothing for anybody.
             let _ = gpu.forget(g);
@@ -286,6 +294,7 @@ impl Queue {
         if !s.holds {
             return self.gpu.launch(kernel, launch, args);
         }
+        let launch = Launch { overlaps: launch.overlaps && !s.apart, ..launch };
         s.held.args.extend_from_slice(args);
         let end = s.held.args.len();
         s.hold(&*self.gpu, Held::Launch { kernel, launch, args: end })
@@ -310,9 +319,13 @@ mod tests {
         calls: Vec<String>,
         graphs: usize,
         refuses: bool,
+        /// Graphs of launches that overlap are refused.
+        apart: bool,
     }
 
     struct Paper(Arc<Mutex<Log>>);
+
+    const ONE: Launch = Launch { grid: [1; 3], threads: 32, shared: 0, overlaps: false };
 
     impl Paper {
         fn note(&self, what: String) -> Result<(), GpuError> {
@@ -358,6 +371,10 @@ mod tests {
             self.note("wait".into())
         }
         fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+            let overlaps = |s: &Step<'_>| matches!(s, Step::Launch { launch, .. } if launch.overlaps);
+            if self.0.lock().unwrap().apart && steps.iter().any(overlaps) {
+                return Err(GpuError::Driver { call: "test", why: "as asked".into() });
+            }
             self.0.lock().unwrap().graphs += 1;
             self.note(format!("graph of {}", steps.len()))?;
             Ok(GraphId(steps.len()))
@@ -385,11 +402,7 @@ mod tests {
         q.write(8, &[byte, 7])?;
         for i in 0..n {
             let grid = [if i + 1 == n { last } else { 1 }, 2, 1];
-            q.launch(
-                KernelId(i),
-                Launch { grid, threads: 32, shared: 0 },
-                &[Arg::U64(1), Arg::U32(i as u32)],
-            )?;
+            q.launch(KernelId(i), Launch { grid, ..ONE }, &[Arg::U64(1), Arg::U32(i as u32)])?;
         }
         if open { Ok(()) } else { q.read(9, &mut [0]) }
     }
@@ -417,7 +430,7 @@ mod tests {
     #[test]
     fn order_is_kept() {
         let (q, log) = queue();
-        q.launch(KernelId(5), Launch { grid: [1; 3], threads: 32, shared: 0 }, &[]).unwrap();
+        q.launch(KernelId(5), ONE, &[]).unwrap();
         assert_eq!(calls(&log), ["launch 5 []"]);
         pass(&q, 1, 1, 1, true).unwrap();
         q.zero(3, 4).unwrap();
@@ -432,7 +445,7 @@ mod tests {
         q.begin(true);
         for i in 0..MOST {
             assert!(calls(&log).is_empty(), "{i}");
-            q.launch(KernelId(0), Launch { grid: [1; 3], threads: 32, shared: 0 }, &[]).unwrap();
+            q.launch(KernelId(0), ONE, &[]).unwrap();
         }
         assert_eq!(calls(&log).len(), MOST);
     }
@@ -445,7 +458,7 @@ mod tests {
             q.begin(true);
             for i in 0..10 {
                 let args = [Arg::U64(weights + i), Arg::U32(0)];
-                q.launch(KernelId(0), Launch { grid: [1; 3], threads: 32, shared: 0 }, &args).unwrap();
+                q.launch(KernelId(0), ONE, &args).unwrap();
             }
             q.read(9, &mut [0]).unwrap();
         };
@@ -465,6 +478,22 @@ mod tests {
         calls(&log);
         pass(&q, LEAST, 1, 1, false).unwrap();
         assert_eq!(calls(&log)[0], format!("forget {}", LEAST + 10), "the one used longest ago");
+    }
+
+    /// A GPU that refuses a graph of launches that overlap is asked for graphs of others.
+    #[test]
+    fn a_refusal_of_overlaps_is_not_one_of_graphs() {
+        let (q, log) = queue();
+        log.lock().unwrap().apart = true;
+        let pass = || {
+            q.begin(true);
+            let launch = Launch { overlaps: true, ..ONE };
+            (0..9).for_each(|_| q.launch(KernelId(0), launch, &[]).unwrap());
+            q.read(9, &mut [0]).unwrap();
+            calls(&log).iter().filter(|c| c.starts_with("launch")).count()
+        };
+        // New; refused as a graph; of another kind; a graph of it.
+        assert_eq!([(); 4].map(|()| pass()), [9, 9, 9, 0]);
     }
 
     /// Callers were told that it would go out: from then on every call that computes fails, and memory still goes back.

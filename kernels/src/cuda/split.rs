@@ -41,7 +41,7 @@ impl Launcher {
             true => (DType::F16, "half_rows"),
             false => (dtype, "split_rows"),
         };
-        self.run(self.many("matmul_split", of)?, entry, [x.rows, 1, 1], 256, 0, &args)?;
+        self.run(self.of("matmul_split", of)?, entry, [x.rows, 1, 1], 256, 0, &args)?;
         Ok(Split { at: out, stride, scales })
     }
 
@@ -87,7 +87,7 @@ impl Launcher {
         let args = [&args[..], &many_outputs(&made, jobs, up)?].concat();
         let tiles = jobs.map_or(out.rows.div_ceil(columns), |j| j.count);
         let grid = [tiles, w.rows.div_ceil(features / halves), 1];
-        self.run(self.many("matmul_half", w.dtype)?, entry, grid, threads, shared / 4, &args)
+        self.run(self.of("matmul_half", w.dtype)?, entry, grid, threads, shared / 4, &args)
     }
 
     /// Rows of prompts in parts times weights of F16 or BF16, likewise.
@@ -99,7 +99,7 @@ impl Launcher {
         up: Option<(Matrix, Activation)>,
     ) -> Result<(), KernelError> {
         let Product { w, out, .. } = made;
-        let m = self.many("matmul_split", w.dtype)?;
+        let m = self.of("matmul_split", w.dtype)?;
         let columns = if w.dtype == DType::F16 { HALF } else { 64 };
         let halves = if up.is_some() { 2 } else { 1 };
         let tiles = |features: usize, columns: usize| {

@@ -95,6 +95,24 @@ impl Machine {
         Self { here: ptx::Machine::new(), there: None }
     }
 
+    /// One on the interpreter alone, with what this one holds.
+    pub fn copy(&self) -> Self {
+        Self { here: self.here.clone(), there: None }
+    }
+
+    /// As the interpreter's.
+    pub fn allocations(&self) -> Vec<(u64, usize)> {
+        self.here.allocations().collect()
+    }
+
+    /// As the interpreter's.
+    ///
+    /// # Errors
+    /// Its.
+    pub fn in_flight(&mut self, allocations: &[u64]) -> Result<(), PtxError> {
+        self.here.in_flight(allocations)
+    }
+
     /// As the interpreter's.
     pub fn set_limit(&mut self, instructions: u64) {
         self.here.set_limit(instructions);
@@ -165,12 +183,47 @@ impl Machine {
         shared: usize,
         params: &[Param],
     ) -> Result<Stats, PtxError> {
+        self.run(text, entry, grid, block, shared, params, false)
+    }
+
+    /// The same of a launch that may begin while those before it run: as the interpreter's. On a GPU it comes by itself.
+    ///
+    /// # Errors
+    /// The interpreter's.
+    ///
+    /// # Panics
+    /// As [`Machine::launch`].
+    pub fn launch_overlapping(
+        &mut self,
+        text: &Text,
+        entry: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: usize,
+        params: &[Param],
+    ) -> Result<Stats, PtxError> {
+        self.run(text, entry, grid, block, shared, params, true)
+    }
+
+    fn run(
+        &mut self,
+        text: &Text,
+        entry: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: usize,
+        params: &[Param],
+        overlaps: bool,
+    ) -> Result<Stats, PtxError> {
         let kernel = text.module.kernel(entry).unwrap_or_else(|| panic!("no kernel {entry}"));
         let bar = text.ptx.and_then(|p| bar(p, entry));
         let mirrored = self.there.is_some() && text.ptx.is_some();
         // Which allocations an inexact kernel writes: all others must stay as they are.
         let before = if mirrored && bar.is_some() { self.images() } else { Vec::new() };
-        let stats = self.here.launch(kernel, grid, block, shared, params)?;
+        let stats = match overlaps {
+            true => self.here.launch_overlapping(kernel, grid, block, shared, params)?,
+            false => self.here.launch(kernel, grid, block, shared, params)?,
+        };
         let (Some(twin), Some(ptx)) = (&self.there, text.ptx) else { return Ok(stats) };
         let device = twin.device;
         let n = device.count();
@@ -185,7 +238,7 @@ impl Machine {
             self.restore();
             return Ok(stats);
         }
-        let launch = Launch { grid, threads: block[0], shared: shared as u32 };
+        let launch = Launch { grid, threads: block[0], shared: shared as u32, overlaps: false };
         let args: Vec<String> = params.iter().map(|p| twin.say(*p)).collect();
         let kernel = device.kernel(ptx, entry);
         report::launch(n, &name, launch, &args);

@@ -45,7 +45,7 @@ fn event(line: &Value, failure: Option<String>) {
 
 /// A launch begins: should nothing follow, it did not end.
 pub fn launch(n: usize, kernel: &str, launch: Launch, args: &[String]) {
-    let Launch { grid, threads, shared } = launch;
+    let Launch { grid, threads, shared, .. } = launch;
     report().lock().unwrap_or_else(|e| e.into_inner()).launch =
         format!("{kernel}, grid {grid:?} of {threads} threads, shared {shared}, ({})", args.join(", "));
     event(

@@ -47,7 +47,7 @@ fn any_call_may_fail() {
                 Fault::Alloc(_) => matches!(e, GpuError::Memory { .. }),
                 Fault::Launch(_) => matches!(e, GpuError::Driver { call: "launch", .. }),
                 Fault::Lost(_) => matches!(e, GpuError::Lost { .. }),
-                Fault::Graph(_) => false,
+                Fault::Graph(_) | Fault::Overlaps => false,
             };
             assert!(right, "{fault:?}: {e:?}");
             seen[kind] += 1;

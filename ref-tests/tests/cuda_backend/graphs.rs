@@ -18,7 +18,18 @@ fn decode(
     n: usize,
     fault: Option<Fault>,
 ) -> (Vec<Vec<f32>>, Vec<Counts>, Interpreted) {
-    let (dev, on) = interpreted();
+    decode_on(Interpreted::new(1 << 30), name, o, prompt, n, fault)
+}
+
+fn decode_on(
+    on: Interpreted,
+    name: &str,
+    o: &SessionOptions,
+    prompt: usize,
+    n: usize,
+    fault: Option<Fault>,
+) -> (Vec<Vec<f32>>, Vec<Counts>, Interpreted) {
+    let dev = on.device().expect("the kernels load");
     let tokens = read_tokens(&fixture(name).join("tokens.json"));
     let tokens: Vec<u32> = tokens.iter().copied().cycle().take(prompt + n).collect();
     let mut session = Session::new(&load(name, Some(dev.into())), o).expect("a session");
@@ -87,6 +98,38 @@ fn refused_graphs_are_launches() {
         let (got, counts, on) = decode("qwen3moe", &o, 3, 5, Some(Fault::Graph(n)));
         assert!(same(&got, &want), "{n}");
         assert_eq!((counts[4].runs, on.graphs()), (0, 0), "{n}: {counts:?}");
+    }
+}
+
+/// From compute capability 9.0 on launches begin while those before them run, as far as the interpreter can tell with the same bits: it
+/// knows what each of them writes. Only behind writes, and kernels that cannot wait, they do not.
+#[test]
+fn launches_of_a_token_overlap() {
+    for (name, kv, cache) in [
+        ("llama3", "full", DType::Q8_0),
+        ("gemma3", "sinks:2+window:6", DType::F32),
+        ("quantised/q-llama-q4_k_m", "full", DType::F16),
+        ("quantised/q-gemma3-qat", "full", DType::BF16),
+        ("qwen3moe", "full", DType::Q4_0),
+        ("deepseek2-v3", "full", DType::F16),
+        ("quantised/q-deepseek2-mxfp4", "full", DType::Q8_0),
+    ] {
+        let o = SessionOptions { kv: kv.parse().expect("a policy"), ..options(24, 8, cache) };
+        let hopper = || Interpreted::like((9, 0), 1 << 30);
+        let (logits, counts, _) = decode_on(hopper(), name, &o, 3, 5, None);
+        let (Counts { launches, writes, .. }, last) = (counts[0], counts[4]);
+        println!("{name}: {} of {launches} launches overlap", last.overlaps);
+        // MLA on tensor cores does not.
+        let alone = if name == "deepseek2-v3" { launches / 8 } else { 0 };
+        assert!(last.runs == 1 && launches - last.overlaps <= writes + alone, "{name}: {counts:?}");
+        // A driver that takes no such graphs gets others.
+        let (apart, counts, on) = decode_on(hopper(), name, &o, 3, 5, Some(Fault::Overlaps));
+        assert!(same(&logits, &apart), "{name}");
+        let last = counts[4];
+        assert_eq!((last.runs, last.overlaps, on.graphs()), (1, 0, 1), "{name}: {counts:?}");
+        // Of as much shared memory, so that MLA takes the same tiles.
+        let (older, ..) = decode_on(Interpreted::like((8, 0), 1 << 30), name, &o, 3, 5, None);
+        assert!(same(&logits, &older), "{name}");
     }
 }
 

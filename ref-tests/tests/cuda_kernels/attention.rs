@@ -46,7 +46,8 @@ fn lists(gpu: &mut Gpu, visible: &Visible) -> (u64, u64, usize) {
         ends.push((spans.len() / 3) as u32);
     }
     let longest = (0..visible.rows()).map(|i| visible.seen(i)).max().unwrap();
-    (gpu.words(&spans), gpu.words(&ends), longest)
+    let (spans, ends) = (gpu.words(&spans), gpu.words(&ends));
+    (gpu.constant(spans), gpu.constant(ends), longest)
 }
 
 pub(crate) fn span(start: usize, len: usize, sink: bool) -> Span {

@@ -14,23 +14,69 @@ mod skinny;
 mod split;
 mod store;
 
-use kernels::cuda::modules::Ptx;
+use kernels::cuda::modules::{Ptx, all, text_for};
 use ptx::{Param, PtxError};
-use ref_tests::mirror::{Machine, Text};
+use ref_tests::mirror::{Machine, Text, device};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
 
-/// A device and one module on it.
+/// A device and one module on it. Where kernels of another text for newer GPUs may overlap, every launch is done by both, the newer as if
+/// all memory but constants were still being written by others: they must leave the same bytes.
 pub(crate) struct Gpu {
     pub(crate) machine: Machine,
-    module: Text,
+    module: Arc<Text>,
+    overlaps: bool,
+    /// The other of two such texts. A GPU runs the first: the newer, if it takes it.
+    other: Option<Arc<Text>>,
+    constants: Vec<u64>,
+}
+
+/// A text that ships, parsed once.
+fn parsed(ptx: &'static Ptx) -> Arc<Text> {
+    static PARSED: OnceLock<Mutex<HashMap<&'static str, Arc<Text>>>> = OnceLock::new();
+    let mut parsed = PARSED.get_or_init(Mutex::default).lock().unwrap_or_else(|e| e.into_inner());
+    let parse = || Arc::new(Text::new(ptx.text).unwrap_or_else(|e| panic!("{}: {e}", ptx.name)));
+    parsed.entry(ptx.name).or_insert_with(parse).clone()
 }
 
 impl Gpu {
-    pub(crate) fn new(ptx: &Ptx) -> Self {
-        Self::of_text(ptx.text).unwrap_or_else(|e| panic!("{}: {e}", ptx.name))
+    pub(crate) fn new(ptx: &'static Ptx) -> Self {
+        let newer = text_for(ptx.name, 90).filter(|n| n.overlaps());
+        let mut gpu = Self::of(parsed(ptx));
+        gpu.other = newer.map(parsed);
+        if device().is_some_and(|d| d.capability() >= (9, 0))
+            && let Some(newer) = &mut gpu.other
+        {
+            std::mem::swap(&mut gpu.module, newer);
+            gpu.overlaps = true;
+        }
+        gpu
     }
 
+    fn of(module: Arc<Text>) -> Self {
+        Self { machine: Machine::new(), module, overlaps: false, other: None, constants: Vec::new() }
+    }
+
+    /// Of a text that ships, or of one of a test's own.
     pub(crate) fn of_text(text: &str) -> Result<Self, PtxError> {
-        Ok(Self { machine: Machine::new(), module: Text::new(text)? })
+        match all().find(|m| m.text == text) {
+            Some(ptx) => Ok(Self::new(ptx)),
+            None => {
+                let overlaps = text.contains(".target sm_90");
+                Ok(Self { overlaps, ..Self::of(Arc::new(Text::new(text)?)) })
+            }
+        }
+    }
+
+    /// Says that no kernel of a pass writes there: weights, and lists that come from the host.
+    pub(crate) fn constant(&mut self, p: u64) -> u64 {
+        self.constants.push(p);
+        p
+    }
+
+    pub(crate) fn weights(&mut self, b: &[u8]) -> u64 {
+        let p = self.bytes(b);
+        self.constant(p)
     }
 
     /// A new allocation that holds these bytes and not one more.
@@ -88,7 +134,29 @@ impl Gpu {
     ) -> Result<(), PtxError> {
         self.machine.set_limit(3_000_000);
         let grid = grid.map(|n| n as u32);
-        self.machine.launch(&self.module, kernel, grid, [threads, 1, 1], 4 * shared, params).map(|_| ())
+        let twin = self.other.as_ref().map(|_| self.machine.copy());
+        let run = |machine: &mut Machine, text: &Text, overlaps: bool| match overlaps {
+            true => machine.launch_overlapping(text, kernel, grid, [threads, 1, 1], 4 * shared, params),
+            false => machine.launch(text, kernel, grid, [threads, 1, 1], 4 * shared, params),
+        };
+        let all = self.machine.allocations();
+        let flying: Vec<u64> = all.iter().map(|a| a.0).filter(|a| !self.constants.contains(a)).collect();
+        if self.overlaps {
+            self.machine.in_flight(&flying)?;
+        }
+        run(&mut self.machine, &self.module, self.overlaps)?;
+        let (Some(other), Some(mut twin)) = (&self.other, twin) else { return Ok(()) };
+        if !self.overlaps {
+            twin.in_flight(&flying)?;
+        }
+        run(&mut twin, other, !self.overlaps)?;
+        for (at, bytes) in all {
+            assert!(
+                twin.peek(at, bytes) == self.machine.peek(at, bytes),
+                "{kernel}: {at:#x} differs on newer GPUs"
+            );
+        }
+        Ok(())
     }
 }
 

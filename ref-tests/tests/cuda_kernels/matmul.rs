@@ -92,7 +92,7 @@ fn run(gpu: &mut Gpu, entry: Entry, j: &Job) {
     gpu.run_shared(name, [tiles, j.rows.div_ceil(made), 1], threads, shared / 4, &params);
 }
 
-fn check(text: &Ptx, entry: Entry, c: &Case, seed: u64) {
+fn check(text: &'static Ptx, entry: Entry, c: &Case, seed: u64) {
     let (host, x, bias, before) = operands(c, seed);
     let mut gpu = Gpu::new(text);
     let (_, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);

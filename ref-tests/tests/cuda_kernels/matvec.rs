@@ -7,10 +7,10 @@ use kernels::cpu::isa::Isa;
 use kernels::cpu::matmul::{Input, multiply_with};
 use kernels::cpu::quantized::{Block, Quantized};
 use kernels::cuda::layout::{blocks, pack_row, row_bytes};
-use kernels::cuda::modules::{module, of_format};
+use kernels::cuda::modules::{module, name_of, of_format, text_for};
 use kernels::testing::{Fill, Rng, assert_bits, lengths, weights};
 use kernels::{HostBytes, Vector, View, ViewMut, Weight, Write};
-use ptx::{Param, PtxError};
+use ptx::{Fault, Param, PtxError};
 use quant::{DType, FORMATS};
 
 pub(crate) fn scalar() -> Isa {
@@ -94,7 +94,7 @@ fn device(text: &str, c: &Case, seed: u64) -> Result<Vec<f32>, PtxError> {
     let (host, x, bias, before) = operands(c, seed);
     let mut gpu = Gpu::of_text(text)?;
     let (_, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);
-    let w = gpu.bytes(&packed(c.dtype, c.cols, &host));
+    let w = gpu.weights(&packed(c.dtype, c.cols, &host));
     let db = if c.bias { gpu.floats(&bias) } else { 0 };
     let out = if c.add { gpu.floats(&before) } else { gpu.room(c.columns * c.rows) };
     let row = row_bytes(c.dtype, c.cols);
@@ -210,6 +210,34 @@ fn most(dtype: DType) -> usize {
     if rounds(dtype) { 1 } else { 8 }
 }
 
+/// A kernel that does not wait for those before it, on any path, or reads what they write before it does, is noticed.
+#[test]
+fn kernels_that_do_not_wait_are_caught() {
+    for dtype in [DType::Q4_K, DType::F16] {
+        let text = text_for(&name_of("matvec", dtype), 90).unwrap().text;
+        let (wait, ret) = ("griddepcontrol.wait;", "ret;");
+        let start = text.find("entry matvec_1(").unwrap();
+        let end = text[start..].find(".entry ").map_or(text.len(), |e| start + e);
+        let c = Case { dtype, rows: 5, cols: 512, columns: 1, fill: Fill::Random, bias: true, add: true };
+        let experts = Experts { dtype, rows: 5, cols: 512, ids: vec![1, 3, 0], share: 2 };
+        let run = |text: &str| device(text, &c, 5).map(|_| ()).and(experts.device(text).map(|_| ()));
+        assert_eq!(run(text), Ok(()));
+        let waits: Vec<usize> = text[start..end].match_indices(wait).map(|w| start + w.0).collect();
+        assert!(!waits.is_empty());
+        for at in &waits {
+            let mutant = format!("{}{}", &text[..*at], &text[at + wait.len()..]);
+            let fault = run(&mutant).expect_err("a thread that never waits, or reads who chooses before");
+            let PtxError::Run { fault, .. } = fault else { panic!("{fault}") };
+            assert!(matches!(fault, Fault::NoWait | Fault::Early { .. }), "{dtype}: {fault}");
+        }
+        // All of them at the end.
+        let body = text[start..end].replace(wait, "").replace(ret, &format!("{wait}\n{ret}"));
+        let mutant = [&text[..start], &body, &text[end..]].concat();
+        let Err(PtxError::Run { fault, .. }) = run(&mutant) else { panic!("it reads what is being written") };
+        assert!(matches!(fault, Fault::Early { access: "read", by: Some(_), .. }), "{dtype}: {fault}");
+    }
+}
+
 /// Every format at every boundary length; every number of columns; random and extreme bytes; bias and adding.
 #[test]
 fn products_have_the_scalar_kernels_bits() {
@@ -254,7 +282,7 @@ impl Experts {
         let (host, x) = self.operands();
         let mut gpu = Gpu::of_text(text)?;
         let (_, dx, stride) = input(&mut gpu, dtype, cols, &x);
-        let w = gpu.bytes(&packed(dtype, cols, &host));
+        let w = gpu.weights(&packed(dtype, cols, &host));
         let (ids, out) = (gpu.words(&self.ids), gpu.room(self.ids.len() * rows));
         let row = row_bytes(dtype, cols);
         let product = [p(w), n(rows), p(0), p(out), n(rows), n(0)];
@@ -336,7 +364,7 @@ impl Several {
         let (mut params, mut outs) = (Vec::new(), Vec::new());
         for (i, &rows) in rows.iter().enumerate() {
             let (host, _, bias, before) = operands(&self.case(i), i as u64);
-            let w = gpu.bytes(&packed(dtype, cols, &host));
+            let w = gpu.weights(&packed(dtype, cols, &host));
             let db = if i == 1 { gpu.floats(&bias) } else { 0 };
             let out = if i == 2 { gpu.floats(&before) } else { gpu.room(columns * rows) };
             params.extend([p(w), n(rows), p(db), p(out), n(rows), n(usize::from(i == 2))]);
@@ -388,7 +416,7 @@ fn gate_and_up_share_a_launch() {
             let x = rng.activations(ids.len() / share * cols);
             let mut gpu = Gpu::new(of_format(f.dtype));
             let (q, dx, stride) = input(&mut gpu, f.dtype, cols, &x);
-            let [dg, du] = [&gate, &up].map(|m| gpu.bytes(&packed(f.dtype, cols, m)));
+            let [dg, du] = [&gate, &up].map(|m| gpu.weights(&packed(f.dtype, cols, m)));
             let dids = if jobs { gpu.words(&ids) } else { 0 };
             let out = gpu.room(ids.len() * rows);
             let row = row_bytes(f.dtype, cols);
@@ -427,7 +455,7 @@ fn embedding_rows_are_what_the_format_says() {
             for scale in [1.0f32, 22.627] {
                 let host = weights(f.dtype, 7, cols, Fill::Random, &mut Rng(cols as u64));
                 let mut gpu = Gpu::new(of_format(f.dtype));
-                let w = gpu.bytes(&packed(f.dtype, cols, &host));
+                let w = gpu.weights(&packed(f.dtype, cols, &host));
                 let (dids, out) = (gpu.words(&ids), gpu.room(ids.len() * cols));
                 let row = row_bytes(f.dtype, cols);
                 let k = blocks(f.dtype, cols);
@@ -513,7 +541,8 @@ fn norms_and_gates_are_rounded_at_once() {
             let y = std::cell::Cell::new(0);
             let (got, gpu) = rounded("round_norm", &|g, out| {
                 y.set(if keep { g.room(rows * cols) } else { 0 });
-                vec![p(g.floats(&x)), c, p(g.floats(&w)), c, eps, p(y.get()), c, p(out), n(blocks)]
+                let (dx, dw) = (g.floats(&x), g.floats(&w));
+                vec![p(dx), c, p(g.constant(dw)), c, eps, p(y.get()), c, p(out), n(blocks)]
             });
             assert!(got == of(&normed), "norm of {cols}");
             if keep {

@@ -61,7 +61,7 @@ fn device(text: &str, newer: bool, k: Skinny, c: &Case, seed: u64) -> Result<Vec
     gpu.try_read(out, c.columns * c.rows)
 }
 
-fn check(text: &Ptx, k: Skinny, c: &Case, seed: u64) {
+fn check(text: &'static Ptx, k: Skinny, c: &Case, seed: u64) {
     let got = device(text.text, text.target() >= 80, k, c, seed).unwrap_or_else(|e| panic!("{e}"));
     assert_bits(&got, &twin(c, seed), || {
         format!("{} of {} [{}, {}] x {}, {:?}", k.entry, text.name, c.rows, c.cols, c.columns, c.fill)

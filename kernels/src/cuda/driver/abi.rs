@@ -53,7 +53,9 @@ const SIGNATURES: &str = "
 #[test]
 fn functions_have_the_headers_arguments() {
     let known: Vec<(&str, &str)> = SIGNATURES.lines().filter_map(|l| l.trim().split_once(' ')).collect();
-    for (symbol, args) in Functions::SYMBOLS.iter().chain(graph::Functions::SYMBOLS) {
+    for (symbol, args) in
+        Functions::SYMBOLS.iter().chain(graph::Functions::SYMBOLS).chain(graph::Edges::SYMBOLS)
+    {
         let letter = |(ty, size): &(&str, usize)| {
             if ty.starts_with('*') || *ty == "Handle" { "p".to_owned() } else { size.to_string() }
         };

@@ -1,5 +1,5 @@
 //! Graphs of NVIDIA's driver: kernels and copies in a chain, run by one call. Layouts and functions as NVIDIA's "CUDA Driver API" has them
-//! since CUDA 12.0 ("Graph Management"). Copies read memory that the driver has pinned: one piece for all graphs, since one runs at a time.
+//! since CUDA 12.0 ("Graph Management"), edges with data since 12.3. Copies read memory that the driver has pinned: one piece for all graphs, since one runs at a time.
 
 use super::{Code, Driver, Handle, addresses, api, old_driver};
 use crate::cuda::gpu::{Arg, GpuError, GraphId, KernelId, Launch, STAGED, Step};
@@ -20,6 +20,26 @@ api! {
         destroy = "cuGraphDestroy" (Handle);
     }
 }
+
+api! {
+    /// What edges need by which a launch may begin before the one before it has ended. Without them it does not.
+    pub(super) struct Edges {
+        add = "cuGraphAddDependencies_v2" (Handle, *const Handle, *const Handle, *const Edge, usize);
+    }
+}
+
+/// `CUgraphEdgeData`.
+#[repr(C)]
+struct Edge {
+    from_port: u8,
+    to_port: u8,
+    kind: u8,
+    reserved: [u8; 5],
+}
+
+/// From CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC: open once every block of the kernel before has said so, or ended. Of kind
+/// CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC: the kernel behind waits for its end and its writes itself.
+const OVERLAPS: Edge = Edge { from_port: 1, to_port: 0, kind: 1, reserved: [0; 5] };
 
 /// `CUDA_KERNEL_NODE_PARAMS_v2`.
 #[repr(C)]
@@ -165,16 +185,28 @@ impl Driver {
     /// A node for a step, behind the last.
     fn add(&self, f: &Functions, g: &mut Graph, step: Step<'_>, staged: *mut u8) -> Result<(), GpuError> {
         let (after, mut node) = (g.nodes.last().copied(), ptr::null_mut());
-        let (behind, count) =
+        let (mut behind, mut count) =
             (after.as_ref().map_or(ptr::null(), ptr::from_ref), usize::from(after.is_some()));
         match step {
             Step::Launch { kernel, launch, args } => {
                 let mut params = addresses(args);
                 let what = self.node(kernel, launch, &mut params)?;
+                // Such edges lie between kernels only.
+                let edges = self.api.edges.as_ref();
+                let early = edges.filter(|_| launch.overlaps && matches!(g.kernels.last(), Some(Some(_))));
+                if early.is_some() {
+                    (behind, count) = (ptr::null(), 0);
+                }
                 // SAFETY: as `cuLaunchKernel`, which takes the same; arguments are copied at once. One node or none before it.
                 self.call("cuGraphAddKernelNode", |_| unsafe {
                     (f.add_kernel)(&mut node, g.graph, behind, count, &what)
                 })?;
+                if let (Some(edges), Some(after)) = (early, after) {
+                    // SAFETY: two kernels' nodes of this graph, and an edge's data.
+                    self.call("cuGraphAddDependencies", |_| unsafe {
+                        (edges.add)(g.graph, &after, &node, &OVERLAPS, 1)
+                    })?;
+                }
                 g.kernels.push(Some(kernel));
             }
             Step::Write { at, bytes } => {
@@ -278,6 +310,7 @@ mod tests {
         places!(KernelNode, 72: function 0 grid 8 block 20 shared 32 params 40 extra 48 kernel 56 context 64);
         places!(Side, 88: x 0 y 8 z 16 level 24 kind 32 host 40 device 48 array 56 reserved 64 pitch 72 height 80);
         places!(Memcpy, 200: from 0 to 88 width 176 height 184 depth 192);
+        places!(Edge, 8: from_port 0 to_port 1 kind 2 reserved 3);
         // CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE.
         assert_eq!((Side::HOST, Side::DEVICE), (1, 2));
     }

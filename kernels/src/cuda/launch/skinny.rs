@@ -95,6 +95,6 @@ impl Launcher {
         .concat();
         let grid = [x.float.rows.div_ceil(kernel.columns), blocks(kernel.features), 1];
         let shared = kernel.shared(w.dtype, self.capability >= (8, 0));
-        self.run(self.many("skinny", w.dtype)?, kernel.entry, grid, THREADS, shared / 4, &args)
+        self.run(self.of("skinny", w.dtype)?, kernel.entry, grid, THREADS, shared / 4, &args)
     }
 }

@@ -16,9 +16,9 @@ __device__ __forceinline__ float dot(const float* k, const float* q, u32 n) {
     u32 i = 0;
     for (; i + 4 <= n; i += 4) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) a[j] = fmaf(k[i + j], __ldg(q + i + j), a[j]);
+        for (int j = 0; j < 4; j++) a[j] = fmaf(k[i + j], fetch(q + i + j), a[j]);
     }
-    for (; i < n; i++) a[0] = fmaf(k[i], __ldg(q + i), a[0]);
+    for (; i < n; i++) a[0] = fmaf(k[i], fetch(q + i), a[0]);
     return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
@@ -105,10 +105,12 @@ __device__ __forceinline__ void attend_part(
 extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(
     const float* q, const float* q_sink, u32 q_stride, const u8* k, u64 k_row, const u8* v, u64 v_row, u32 kv_heads, u32 group,
     u32 key_dim, u32 value_dim, float scale, const Span* spans, const u32* ends, u32 split, float* parts) {
+    let_next_begin();
     const u32 blocks = (group + HEADS - 1) / HEADS, g = blockIdx.y / blocks, first = blockIdx.y % blocks * HEADS;
     const u32 row = blockIdx.z, from = blockIdx.x * split, head = g * group + first;
     u32 list;
     const u32 n = seen(spans, ends, row, list);
+    earlier_done();
     if (from >= n) return;
     const u32 to = n - from < split ? n : from + split, count = group - first < HEADS ? group - first : HEADS;
     const Cache keys = {k, k_row, kv_heads * key_dim};
@@ -127,9 +129,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_mla(
     const float* q_latent, const float* q, const float* q_sink, u32 q_stride, const u8* latents, u64 latent_row, const u8* k_pe,
     u64 k_pe_row, u32 heads, u32 latent, u32 nope, u32 rope, float scale, const Span* spans, const u32* ends, u32 split, u32 most,
     float* parts) {
+    let_next_begin();
     const u32 head = blockIdx.y * HEADS, row = blockIdx.z;
     u32 list;
     const u32 n = seen(spans, ends, row, list), each = part_len(n, split, most), from = blockIdx.x * each;
+    earlier_done();
     if (from >= n) return;
     const u32 to = n - from < each ? n : from + each, count = heads - head < HEADS ? heads - head : HEADS;
     const Cache c = {latents, latent_row, latent};
@@ -144,9 +148,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_mla(
 // out[row][head] = the parts put together, in order. The grid: (heads, rows), 128 threads.
 extern "C" __global__ void __launch_bounds__(THREADS) merge(
     const float* parts, u32 splits, u32 value, const Span* spans, const u32* ends, u32 split, u32 most, float* out, u32 out_stride) {
+    let_next_begin();
     const u32 head = blockIdx.x, row = blockIdx.y;
     u32 list;
     const u32 n = part_count(seen(spans, ends, row, list), split, most);
+    earlier_done();
     const u64 part = value + 2;
     parts += ((u64)row * gridDim.x + head) * splits * part;
     float max = parts[0];

@@ -2,30 +2,30 @@
 // of a type of its own (SECOND). Rows lie in device memory as weight rows do: planes of a
 // row's fields (kernels/src/cuda/layout.rs).
 #pragma once
-#include "common.cuh"
+#include "overlap.cuh"
 #ifndef SECOND
 #define SECOND FORMAT
 #endif
 
 struct F32 {
-    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return __ldg((const float*)row + i); }
+    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return fetch((const float*)row + i); }
 };
 struct F16 {
-    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return f16(__ldg((const u16*)row + i)); }
+    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return f16(fetch((const u16*)row + i)); }
 };
 struct BF16 {
-    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return bf16(__ldg((const u16*)row + i)); }
+    static __device__ __forceinline__ float get(const u8* row, u32, u32 i) { return bf16(fetch((const u16*)row + i)); }
 };
 // `width` is that of the row: the plane of scales follows that of the integers.
 struct Q8_0 {
     static __device__ __forceinline__ float get(const u8* row, u32 width, u32 i) {
-        return (float)(i8)__ldg(row + i) * f16(__ldg((const u16*)(row + width) + i / 32));
+        return (float)(i8)fetch(row + i) * f16(fetch((const u16*)(row + width) + i / 32));
     }
 };
 struct Q4_0 {
     static __device__ __forceinline__ float get(const u8* row, u32 width, u32 i) {
-        const u32 q = (__ldg(row + 16 * (i / 32) + i % 16) >> (4 * (i % 32 / 16))) & 15;
-        return ((float)q - 8.0f) * f16(__ldg((const u16*)(row + width / 2) + i / 32));
+        const u32 q = (fetch(row + 16 * (i / 32) + i % 16) >> (4 * (i % 32 / 16))) & 15;
+        return ((float)q - 8.0f) * f16(fetch((const u16*)(row + width / 2) + i / 32));
     }
 };
 

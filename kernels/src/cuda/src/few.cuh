@@ -1,9 +1,22 @@
 // Products with a few columns, whatever the weights: which row a warp makes, of which matrix, and what becomes of its sums. Included behind
-// X, what x is made of, and dot_rows.
+// X, what x is made of, EARLY and dot_rows.
+//
+// Weights are asked for before `earlier_done`, into the second-level cache. Registers would be nearer, but x comes no sooner than from there.
+// Only where a router says which matrix it is must that be waited for.
 #pragma once
+#include "overlap.cuh"
 #include "product.cuh"
 
 #define ROWS 4 // output features (warps) of a block
+
+// The beginnings of a warp's R rows of weights, EARLY bytes in all, to the second-level cache.
+template <int R>
+__device__ __forceinline__ void prefetch_rows(const u8* const (&w)[R], u64 row_bytes) {
+    const u32 at = 128 * (threadIdx.x % WARP);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        if (at < row_bytes && at < EARLY / R) prefetch(w[r] + at);
+}
 
 // out[c] (=|+=) W x[c] (+ bias), c < n, for up to three W of one format and length that share x; `len`: elements or blocks of a row. A warp
 // makes R rows. The grid: (the sum of rows / 4 R, jobs), 128 threads. For mixtures of experts, job j multiplies matrix ids[j] (0 where there
@@ -12,11 +25,15 @@ template <class F, int C, int R>
 __device__ __forceinline__ void matvec(
     Product p, const Product& second, const Product& third, u64 row_bytes, u64 matrix_bytes, u32 len, const X* x, u32 x_stride, u32 n,
     const u32* ids, u32 share) {
+    let_next_begin();
     const u32 row = (pick(p, second, third, ROWS * R, blockIdx.x) * ROWS + threadIdx.x / WARP) * R, job = blockIdx.y;
+    if (ids || row >= p.rows) earlier_done();
     if (row >= p.rows) return;
     const u8* of[R];
 #pragma unroll
     for (int r = 0; r < R; r++) of[r] = p.w + row_bytes * (row + r < p.rows ? row + r : row) + (ids ? matrix_bytes * ids[job] : 0);
+    prefetch_rows(of, row_bytes);
+    earlier_done();
     float sums[R][C];
     dot_rows<F, C, R>(of, len, x + (u64)(job / share) * x_stride, x_stride, n, sums);
 #pragma unroll
@@ -38,7 +55,9 @@ template <class F, int C, int R>
 __device__ __forceinline__ void gate(
     const u8* w, const u8* up, u32 rows, u32 act, float* out, u32 out_stride, u64 row_bytes, u64 matrix_bytes, u32 len, const X* x,
     u32 x_stride, u32 n, const u32* ids, u32 share) {
+    let_next_begin();
     const u32 row = (blockIdx.x * ROWS + threadIdx.x / WARP) * R, job = blockIdx.y;
+    if (ids || row >= rows) earlier_done();
     if (row >= rows) return;
     const u8* of[2 * R];
 #pragma unroll
@@ -46,6 +65,8 @@ __device__ __forceinline__ void gate(
         const u64 skip = row_bytes * (row + r < rows ? row + r : row) + (ids ? matrix_bytes * ids[job] : 0);
         of[r] = w + skip, of[R + r] = up + skip;
     }
+    prefetch_rows(of, row_bytes);
+    earlier_done();
     float sums[2 * R][C];
     dot_rows<F, C, 2 * R>(of, len, x + (u64)(job / share) * x_stride, x_stride, n, sums);
     out += (u64)job * out_stride + row;

@@ -5,6 +5,7 @@
 #include "floats.cuh"
 
 typedef float X;
+#define EARLY 2048 // an H200 has room for 48 such warps on each of 132 SMs: 13 MB of its cache's 50
 
 // Rows of R matrices of one shape (gate and up), which share x: sums[r][c] in every lane.
 template <class F, int C, int R>
@@ -44,6 +45,7 @@ FEW(8, 4)
 // out[j] = scale * row ids[j] of the table: a grid of (len / 256, jobs), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) embed(
     const u8* w, u64 row_bytes, u32 len, const u32* ids, float scale, float* out, u32 out_stride) {
+    in_turn();
     const u32 i = blockIdx.x * 256 + threadIdx.x, job = blockIdx.y;
     if (i >= len) return;
     float y = FORMAT::get(__ldg((const FORMAT::T*)(w + row_bytes * ids[job]) + i));
@@ -53,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(
 // As in matvec.cu; the grid: (len / 128, heads, rows).
 extern "C" __global__ void __launch_bounds__(128) transposed(
     const u8* w, u64 row_bytes, u32 len, u32 head_rows, u32 n, const float* q, u32 q_stride, u32 q_head, float* out) {
+    in_turn();
     const u32 c = blockIdx.x * 128 + threadIdx.x, h = blockIdx.y;
     if (c >= len) return;
     q += (u64)blockIdx.z * q_stride + h * q_head;

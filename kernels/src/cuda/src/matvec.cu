@@ -7,6 +7,7 @@
 #include "formats.cuh"
 
 typedef Block X;
+#define EARLY 4096 // an H200 has room for 36 such warps on each of 132 SMs: 19 MB of its cache's 50
 
 // Adds sub-block b of four groups, one of them in this lane (or none), to the running sums, group by group.
 template <class F, int C, int R>
@@ -97,6 +98,7 @@ __device__ __forceinline__ float weight(const Sub& s, u32 lane) {
 extern "C" __global__ void __launch_bounds__(256) embed(
     const u8* w, u64 row_bytes, u32 blocks, const u32* ids, float scale, float* out, u32 out_stride) {
     typedef FORMAT F;
+    in_turn();
     const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 8 + threadIdx.x / WARP, job = blockIdx.y;
     if (at >= blocks * (F::BLOCK / 32)) return;
     Sub s;
@@ -110,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(
 extern "C" __global__ void __launch_bounds__(128) transposed(
     const u8* w, u64 row_bytes, u32 blocks, u32 head_rows, u32 n, const float* q, u32 q_stride, u32 q_head, float* out) {
     typedef FORMAT F;
+    in_turn();
     const u32 lane = threadIdx.x % WARP, at = blockIdx.x * 4 + threadIdx.x / WARP, h = blockIdx.y, subs = blocks * (F::BLOCK / 32);
     if (at >= subs) return;
     q += (u64)blockIdx.z * q_stride + h * q_head;

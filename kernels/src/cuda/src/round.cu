@@ -2,6 +2,7 @@
 // norm or a gate makes of them, so that neither takes a launch and a pass of its own.
 #include "block.cuh"
 #include "norm.cuh"
+#include "overlap.cuh"
 
 // One value a thread, 256 of them, to block blockIdx.x of row blockIdx.y: a warp rounds a sub-block of 32.
 __device__ __forceinline__ void round_block(float v, Block* out, u32 out_stride) {
@@ -44,6 +45,7 @@ __device__ __forceinline__ void round_block(float v, Block* out, u32 out_stride)
 
 // x [rows, len] to blocks of 256, the last filled up with zeros. The grid: (blocks of a row, rows), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) round_rows(const float* x, u32 x_stride, u32 len, Block* out, u32 out_stride) {
+    in_turn();
     const u32 at = blockIdx.x * 256 + threadIdx.x;
     round_block(at < len ? x[(u64)blockIdx.y * x_stride + at] : 0.0f, out, out_stride);
 }
@@ -51,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(256) round_rows(const float* x, u32
 // The same of act(gate) * up: `glu` (rows.cu) and `round_rows` in one.
 extern "C" __global__ void __launch_bounds__(256) round_glu(
     const float* gate, u32 gate_stride, const float* up, u32 up_stride, u32 len, u32 act, Block* out, u32 out_stride) {
+    in_turn();
     const u32 at = blockIdx.x * 256 + threadIdx.x;
     const u64 row = blockIdx.y;
     round_block(at < len ? activation(gate[row * gate_stride + at], act) * up[row * up_stride + at] : 0.0f, out, out_stride);
@@ -60,9 +63,12 @@ extern "C" __global__ void __launch_bounds__(256) round_glu(
 // sums the row's squares anew: it lies in the second-level cache.
 extern "C" __global__ void __launch_bounds__(256) round_norm(
     const float* x, u32 x_stride, const float* w, u32 len, float eps, float* y, u32 y_stride, Block* out, u32 out_stride) {
+    let_next_begin();
     const u32 at = blockIdx.x * 256 + threadIdx.x;
+    const float by = at < len ? w[at] : 0.0f;
+    earlier_done();
     x += (u64)blockIdx.y * x_stride;
-    const float inv = inverse_rms(x, len, eps), v = at < len ? x[at] * inv * w[at] : 0.0f;
+    const float inv = inverse_rms(x, len, eps), v = at < len ? x[at] * inv * by : 0.0f;
     if (y && at < len) y[(u64)blockIdx.y * y_stride + at] = v;
     round_block(v, out, out_stride);
 }

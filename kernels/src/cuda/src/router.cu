@@ -1,11 +1,15 @@
 // The router of a mixture of experts: kernels/src/cpu/router.rs, to the bit.
-#include "common.cuh"
+#include "overlap.cuh"
 
 // logits[row][expert] in 64 running sums and the CPU's order. The grid: (experts, rows), 64 threads.
 extern "C" __global__ void __launch_bounds__(64) router_logits(const float* w, const float* x, u32 x_stride, u32 d, float* logits) {
     __shared__ float lanes[64];
     const u32 t = threadIdx.x, whole = d / 16 * 16;
     w += (u64)blockIdx.x * d;
+    let_next_begin();
+    if (OVERLAPS)
+        for (u32 i = 32 * t; i < d; i += 32 * 64) prefetch(w + i);
+    earlier_done();
     x += (u64)blockIdx.y * x_stride;
     float acc = 0.0f;
 #pragma unroll 8
@@ -55,6 +59,7 @@ __device__ __forceinline__ Best next_best(const float* v, u32 n, bool any, Best 
 extern "C" __global__ void __launch_bounds__(WARP) route(
     const float* logits, u32 experts, u32 gating, const float* correction, u32 groups, u32 groups_used, u32 group_score, u32 used,
     u32 normalize, float scale, u32* ids, float* weights) {
+    in_turn();
     extern __shared__ float p[];
     float* choice = p + experts;
     float* scores = choice + experts;
@@ -119,6 +124,7 @@ extern "C" __global__ void __launch_bounds__(WARP) route(
 extern "C" __global__ void __launch_bounds__(256) sort_experts(const u32* ids, u32 jobs, u32 columns, u32* order, u32* tiles) {
     extern __shared__ u32 counts[];
     __shared__ u32 first, tile, ranks[8];
+    in_turn();
     const u32 t = threadIdx.x, lane = t % WARP, e = blockIdx.x, experts = gridDim.x;
     for (u32 i = t; i < experts; i += 256) counts[i] = 0;
     if (t == 0) first = tile = 0;

@@ -1,11 +1,15 @@
 // Operations on rows of activations: norms, rotary embedding, gated activation, sums, gathers, the best logits. Each gives the bits of its
 // CPU twin in kernels/src/cpu/ops.rs.
 #include "norm.cuh"
+#include "overlap.cuh"
 
 // out[r][h] = x[r][h] / rms(x[r][h]) * w for heads of n values; a whole row is one head. The grid: (heads, rows), 256 threads.
 // x and out may be the same.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(
     const float* x, u32 x_stride, const float* w, u32 n, float eps, float* out, u32 out_stride) {
+    let_next_begin();
+    if (32 * threadIdx.x < n) prefetch(w + 32 * threadIdx.x);
+    earlier_done();
     x += (u64)blockIdx.y * x_stride + (u64)blockIdx.x * n;
     out += (u64)blockIdx.y * out_stride + (u64)blockIdx.x * n;
     const float inv = inverse_rms(x, n, eps);
@@ -18,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(
 extern "C" __global__ void __launch_bounds__(128) rope(
     float* x, u32 x_stride, u32 heads, u32 head_dim, u32 offset, float* y, u32 y_stride, u32 y_heads, u32 y_head_dim, u32 y_offset,
     u32 half, u32 halves, const float* cos_sin, u32 cs_stride) {
+    in_turn();
     const u32 i = blockIdx.x * 128 + threadIdx.x, p = i % half;
     u32 h = i / half;
     if (h >= heads + y_heads) return;
@@ -33,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(128) rope(
 // gate = act(gate) * up; act 0 SiLU, 1 GELU (tanh form). The grid: (cols / 256, rows), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) glu(
     float* gate, u32 gate_stride, const float* up, u32 up_stride, u32 cols, u32 act) {
+    in_turn();
     const u32 i = blockIdx.x * 256 + threadIdx.x;
     if (i >= cols) return;
     float* g = gate + (u64)blockIdx.y * gate_stride + i;
@@ -42,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(256) glu(
 // out[r] = x[rows[r]] (r where there are no rows), or with `add` out[r] += x[...]. The grid: (cols / 256, rows), 256 threads.
 extern "C" __global__ void __launch_bounds__(256) gather(
     const float* x, u32 x_stride, const u32* rows, u32 cols, float* out, u32 out_stride, u32 add) {
+    in_turn();
     const u32 i = blockIdx.x * 256 + threadIdx.x, r = blockIdx.y;
     if (i >= cols) return;
     const float v = x[(u64)(rows ? rows[r] : r) * x_stride + i];
@@ -53,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(256) gather(
 // The grid: (cols / 256, rows), 256 threads. There may be no shared rows.
 extern "C" __global__ void __launch_bounds__(256) mix_experts(
     const float* experts, const float* weights, u32 used, const float* shared, u32 cols, float* out, u32 out_stride, u32 add) {
+    in_turn();
     const u32 i = blockIdx.x * 256 + threadIdx.x, r = blockIdx.y;
     if (i >= cols) return;
     float y = shared ? shared[(u64)r * cols + i] : 0.0f;
@@ -79,6 +87,7 @@ __device__ __forceinline__ void take(u32& best, u32& place, u32 r, u32 p) {
 extern "C" __global__ void __launch_bounds__(256) top_k(
     const float* x, u32 x_stride, const u32* from, u32 n, u32 per, u32 k, float* values, u32* ids) {
     __shared__ u32 ranks[2][8], places[2][8];
+    in_turn();
     const u32 t = threadIdx.x, first = blockIdx.x * per, end = n - first < per ? n : first + per;
     x += (u64)blockIdx.y * x_stride;
     if (from) from += (u64)blockIdx.y * x_stride;

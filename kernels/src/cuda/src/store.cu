@@ -120,6 +120,7 @@ __device__ __forceinline__ void put(Q4_0, u8* row, u32 width, u32 i, float x) {
 extern "C" __global__ void __launch_bounds__(256) cache_write(
     const float* x, u32 x_stride, u32 cols, u8* cache, u64 row_bytes, const float* y, u32 y_stride, u32 y_cols, u8* y_cache,
     u64 y_row_bytes, const u32* slots) {
+    in_turn();
     const u32 i = blockIdx.x * 256 + threadIdx.x;
     if (blockIdx.z) x = y, x_stride = y_stride, cols = y_cols, cache = y_cache, row_bytes = y_row_bytes;
     if (i < cols) put(FORMAT(), cache + row_bytes * slots[blockIdx.y], cols, i, x[(u64)blockIdx.y * x_stride + i]);
