@@ -144,7 +144,8 @@ def build(folder, out):
     jobs = {name: pool.submit(module, name, arch) for name, _, _, arch in MODULES}
     for name, _, _, _ in MODULES:
         per = jobs[name].result()
-        for kernel in next(iter(per.values())):
+        # In the order of the text: ptxas reports them in any.
+        for kernel in re.findall(r"\.entry (\w+)", (out / "ptx" / f"{name}.ptx").read_text()):
             cells = [f"{per[a][kernel][0]}" if a in per else "-" for a in TARGETS]
             spilt = max(per[a][kernel][2] for a in per)
             shared = max(per[a][kernel][1] for a in per)
