@@ -282,7 +282,6 @@ impl Weight {
     }
 
     /// On a GPU, of block formats: the address of its rows' powers of two, a float each, behind all rows of that memory.
-    #[cfg(feature = "cuda")]
     pub(crate) fn powers(&self) -> Option<u64> {
         let (memory, at) = self.memory.as_ref()?;
         let rows = memory.bytes() / (self.row_bytes + crate::cuda::layout::POWER);
