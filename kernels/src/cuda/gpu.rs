@@ -218,8 +218,8 @@ pub trait Gpu: Send + Sync {
     fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
     /// Waits for everything, and reports what went wrong meanwhile.
     fn synchronize(&self) -> Result<(), GpuError>;
-    /// A graph of `steps`, each after the one before (but see [`Launch::overlaps`]), that the GPU runs at one call. Its writes have at most [`STAGED`] bytes. A GPU that
-    /// knows no graphs refuses, and launches one by one do the same.
+    /// A graph of `steps`, each after the one before (but see [`Launch::overlaps`]), that the GPU runs at one call. Its writes have at
+    /// most [`STAGED`] bytes. A GPU that knows no graphs refuses, and launches one by one do the same.
     fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError>;
     /// Another grid and other arguments for step `i` of a graph, a launch of the same kernel.
     fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;

@@ -1,5 +1,6 @@
 //! Graphs of NVIDIA's driver: kernels and copies in a chain, run by one call. Layouts and functions as NVIDIA's "CUDA Driver API" has them
-//! since CUDA 12.0 ("Graph Management"), edges with data since 12.3. Copies read memory that the driver has pinned: one piece for all graphs, since one runs at a time.
+//! since CUDA 12.0 ("Graph Management"), edges with data since 12.3. Copies read memory that the driver has
+//! pinned: one piece for all graphs, since one runs at a time.
 
 use super::{Code, Driver, Handle, addresses, api, old_driver};
 use crate::cuda::gpu::{Arg, GpuError, GraphId, KernelId, Launch, STAGED, Step};

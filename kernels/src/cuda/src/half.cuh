@@ -13,8 +13,9 @@ __device__ __forceinline__ u32 halves(float x, float y) {
 
 // x and y as hi + lo, x in the lower halves: to 2^-22 of itself, or 2^-25 where that is more. Scale so that the largest lies near 2^14.
 __device__ __forceinline__ void split(float x, float y, u32& hi, u32& lo) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(y), "f"(x));
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(lo) : "f"(y - f16((u16)(hi >> 16))), "f"(x - f16((u16)hi)));
+    hi = halves(x, y);
+    const float y_rest = y - f16((u16)(hi >> 16));
+    lo = halves(x - f16((u16)hi), y_rest);
 }
 
 // The power of two that brings `most`, the largest magnitude of a row, into [2^13, 2^14); 1 where that is 0 or not finite, 2^126 where it

@@ -124,7 +124,7 @@ __device__ __forceinline__ void matmul(
     }
     copies_done();
 
-    // Results go through shared memory, 16 columns of each warp at a time, as in matmul_split.cu; a thread then has one feature.
+    // Results go through shared memory, 16 columns of each warp at a time; a thread then has one feature.
     float* const image = (float*)memory;
     const u32 made = up ? ROWS / 2 : ROWS, r = t % made, feature = first + r;
     const bool there = feature < rows;
@@ -134,12 +134,7 @@ __device__ __forceinline__ void matmul(
 #pragma unroll
     for (int j = 0; j < NP; j++) {
         __syncthreads();
-#pragma unroll
-        for (int mi = 0; mi < MI; mi++)
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                image[(16 * wc + 8 * (e / 4) + 2 * (lane % 4) + e % 2) * (ROWS + 4) + STRIP * wr + 16 * mi + 8 * (e / 2 % 2) + lane / 4] =
-                    acc[mi][j][e / 4][e % 4];
+        to_image(image, ROWS + 4, 16 * wc, STRIP * wr, lane, acc, j);
         __syncthreads();
 #pragma unroll 1
         for (u32 c = up ? t / (ROWS / 2) : t / ROWS; c < 16 * WC; c += up ? 2 * THREADS / ROWS : THREADS / ROWS) {

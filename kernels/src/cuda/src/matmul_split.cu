@@ -131,18 +131,12 @@ __device__ __forceinline__ void matmul(
         here = here == start + STAGE * (STAGES - 1) ? start : here + STAGE;
     }
 
-    // Results go through shared memory, 16 columns of each warp at a time: stores to `out` are then whole rows of features. Lane 4r + c of
-    // a fragment has rows r and r + 8, columns 2c and 2c + 1; 4 floats more a column, so that banks differ.
+    // Results go through shared memory, 16 columns of each warp at a time.
     float* const image = (float*)memory;
 #pragma unroll
     for (int j = 0; j < NP; j++) {
         __syncthreads();
-#pragma unroll
-        for (int mi = 0; mi < MI; mi++)
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                image[(16 * wc + 8 * (e / 4) + 2 * (lane % 4) + e % 2) * (ROWS + 4) + STRIP * wr + 16 * mi + 8 * (e / 2 % 2) + lane / 4] =
-                    acc[mi][j][e / 4][e % 4];
+        to_image(image, ROWS + 4, 16 * wc, STRIP * wr, lane, acc, j);
         __syncthreads();
 #pragma unroll 1
         for (u32 o = t; o < 16 * WC * strip * WR; o += THREADS) {
