@@ -281,7 +281,7 @@ impl Weight {
         self.memory.as_ref().map(|(m, at)| m.at() + at)
     }
 
-    /// On a GPU, of block formats: the address of its rows' powers of two, a float each, behind all rows of that memory.
+    /// On a GPU, of formats that have them: the address of its rows' powers of two, a float each, behind all rows of that memory.
     pub(crate) fn powers(&self) -> Option<u64> {
         let (memory, at) = self.memory.as_ref()?;
         let rows = memory.bytes() / (self.row_bytes + crate::cuda::layout::POWER);

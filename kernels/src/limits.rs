@@ -13,10 +13,8 @@ pub struct Hidden {
     pub rounded: usize,
     /// Values of a row that stays in f32.
     pub float: usize,
-    /// Of these, values that meet weights of F16.
-    pub f16: usize,
-    /// And of BF16.
-    pub bf16: usize,
+    /// Of these, values that meet weights of F16 or BF16.
+    pub half: usize,
 }
 
 impl Hidden {
@@ -24,8 +22,7 @@ impl Hidden {
         Self {
             rounded: self.rounded.max(other.rounded),
             float: self.float.max(other.float),
-            f16: self.f16.max(other.f16),
-            bf16: self.bf16.max(other.bf16),
+            half: self.half.max(other.half),
         }
     }
 }
@@ -37,10 +34,8 @@ pub struct Limits {
     pub tokens: usize,
     /// The widest input of any product whose weight is quantised.
     pub max_in: usize,
-    /// The widest input of any product whose weight is F16.
-    pub f16_in: usize,
-    /// The same for BF16.
-    pub bf16_in: usize,
+    /// The widest input of any product whose weight is F16 or BF16.
+    pub half_in: usize,
     /// The most outputs of any product.
     pub max_out: usize,
     /// Bytes of the shortest row of a product's weight; 0: no product.
@@ -80,8 +75,7 @@ impl Limits {
 
     fn input(&mut self, w: &Weight) {
         let most = match w.dtype() {
-            DType::F16 => &mut self.f16_in,
-            DType::BF16 => &mut self.bf16_in,
+            DType::F16 | DType::BF16 => &mut self.half_in,
             _ if needs_quantized(w) => &mut self.max_in,
             _ => return,
         };
@@ -93,10 +87,12 @@ impl Limits {
         self.input(f.up);
         self.width = self.width.max(f.gate.cols());
         let width = f.down.cols();
-        let of = |dtype: DType| if f.down.dtype() == dtype { width } else { 0 };
         match needs_quantized(f.down) {
             true => Hidden { rounded: width, ..Hidden::default() },
-            false => Hidden { rounded: 0, float: width, f16: of(DType::F16), bf16: of(DType::BF16) },
+            false => {
+                let half = if f.down.dtype() == DType::F32 { 0 } else { width };
+                Hidden { rounded: 0, float: width, half }
+            }
         }
     }
 

@@ -2,8 +2,9 @@
 //! list; masses from the parts. Knows lists of slots and heads.
 
 use super::backend::{CudaBackend, cache_of};
-use super::layout;
-use super::operands::{Absorbed, BLOCK_BYTES, Floats, Gqa, Input, Lists, Matrix, Parts, Product, Tiles};
+use super::half;
+use super::launch::COLUMNS;
+use super::operands::{Absorbed, Floats, Gqa, Input, Lists, Matrix, Parts, Product, Tiles, input_bytes};
 use super::plan::{self, Plan};
 use super::scratch::{Area, Scratch};
 use crate::backend::{Attention, Mass, Mla, MlaUp, Visible};
@@ -114,7 +115,7 @@ impl CudaBackend {
         let tiled = self.kernels.takes_prompts(k, v, value);
         let mut first = 0;
         while first < n {
-            let (prompt, end) = run(a.visible, first, tiled);
+            let (prompt, end) = run(a.visible, first, |tokens| tiled && tokens > 0);
             let mut rows = first..end;
             if prompt {
                 let lanes = self.kernels.prompt_lanes(&op(&rows));
@@ -171,17 +172,18 @@ impl CudaBackend {
             }
         };
         // Rows that the areas hold.
-        let blocks = heads * m.nope.div_ceil(256).max(latent.div_ceil(256)) * BLOCK_BYTES;
+        let inputs = |tiled| {
+            let k_b =
+                if matches!(m.up, MlaUp::Split { .. }) { input_bytes(k_b.dtype(), m.nope, tiled) } else { 0 };
+            heads * k_b.max(input_bytes(v_b.dtype(), latent, tiled))
+        };
         let mut most = n;
         for (area, each) in [
             (Area::Absorbed, 4 * heads * latent),
             (Area::Latents, 4 * heads * latent),
             (Area::HeadIds, 4 * heads),
             (Area::JobOrder, 4 * heads),
-            (
-                Area::Hidden,
-                if layout::rounds(k_b.dtype()) || layout::rounds(v_b.dtype()) { blocks } else { 0 },
-            ),
+            (Area::Hidden, inputs(false).max(if self.kernels.takes_halves() { inputs(true) } else { 0 })),
         ] {
             most = most.min(s.rows(area, each, n)?);
         }
@@ -189,7 +191,9 @@ impl CudaBackend {
         let takes_tiles = self.kernels.takes_mla_prompts(latents, k_pe);
         let mut first = 0;
         while first < n {
-            let (prompt, end) = run(m.visible, first, true);
+            let halves = self.kernels.takes_halves();
+            let ((prompt, half), end) =
+                run(m.visible, first, |tokens| (tokens > 0, halves && tokens > COLUMNS));
             let (tiled, parts) = (prompt && takes_tiles, Parts::absorbed(heads, prompt && !takes_tiles));
             let mut rows = first..end.min(first + most);
             let mut tiles = None;
@@ -200,7 +204,8 @@ impl CudaBackend {
             let jobs = rows.len() * heads;
             let ids = self.head_ids(s, jobs, heads)?;
             // Job j is head j % heads of its row.
-            let head_jobs = self.jobs(s, ids, rows.len(), heads, heads, None)?.alone();
+            let columns = half.then(|| half::grouped_columns(&[k_b, v_b], rows.len()));
+            let head_jobs = self.jobs(s, ids, rows.len(), heads, heads, columns)?.alone();
             let each_head = |w: Matrix, x: Input, to: Floats| {
                 self.kernels.product(Product::set(w, to), x, head_jobs, None)
             };
@@ -209,7 +214,7 @@ impl CudaBackend {
             match m.up {
                 MlaUp::Split { k_b, .. } => {
                     let x = q.part(rows.clone()).heads(m.nope, step).ok_or_else(gaps)?;
-                    let x = self.input(s, Area::Hidden, x, &[k_b], false)?;
+                    let x = self.input(s, Area::Hidden, x, &[k_b], half)?;
                     each_head(Matrix::of(k_b)?, x, absorbed)?;
                 }
                 MlaUp::Joint { kv_b } => {
@@ -254,7 +259,7 @@ impl CudaBackend {
                 at = some.end;
             }
             // And what they saw out of them.
-            let x = self.input(s, Area::Hidden, Floats::dense(sums.at, jobs, latent), &[v_b], false)?;
+            let x = self.input(s, Area::Hidden, Floats::dense(sums.at, jobs, latent), &[v_b], half)?;
             let to = out.part(rows.clone()).heads(m.value, m.value).ok_or_else(gaps)?;
             each_head(values, x, to)?;
             first = rows.end;
@@ -263,12 +268,12 @@ impl CudaBackend {
     }
 }
 
-/// Whether row `first` is a prompt's and prompts go in tiles, and the end of the rows like it. Decided by the row alone, so that its bits
-/// do not depend on its neighbours.
-fn run(v: &Visible, first: usize, tiled: bool) -> (bool, usize) {
-    let prompt = |i: usize| tiled && v.prompt(i) > 0;
-    let kind = prompt(first);
-    (kind, (first..v.rows()).find(|i| prompt(*i) != kind).unwrap_or(v.rows()))
+/// What row `first` is, by the tokens of its prompt, and the end of the rows like it. Decided by the row alone, so that its bits do not
+/// depend on its neighbours.
+fn run<K: PartialEq>(v: &Visible, first: usize, kind: impl Fn(usize) -> K) -> (K, usize) {
+    let its = kind(v.prompt(first));
+    let end = (first..v.rows()).find(|i| kind(v.prompt(*i)) != its).unwrap_or(v.rows());
+    (its, end)
 }
 
 /// The queries for sinks, which lie as the others do.

@@ -3,13 +3,13 @@
 //! which kernel an entry point is, is `launch`'s.
 
 use super::gpu::{Counted, Gpu, Memory};
+use super::half;
 use super::launch::{COLUMNS, Launcher, TILE_COLUMNS};
 use super::layout;
 use super::operands::{
-    BLOCK_BYTES, Cache, Floats, Input, Jobs, Matrix, Product, Rounded, Sorted, input_bytes, inputs_bytes,
+    BLOCK_BYTES, Cache, Floats, Input, Jobs, Matrix, Product, Rounded, Sorted, inputs_bytes,
 };
 use super::scratch::{Area, Scratch, Sizes, best_bytes, tile_bytes};
-use super::split;
 use crate::backend::*;
 use crate::cpu::CpuBackend;
 use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weight};
@@ -78,7 +78,7 @@ impl CudaBackend {
         Ok(Memory::new(&self.gpu, bytes, what)?)
     }
 
-    /// x as the weights read it, in `area`: rounded, unless it lies there already, or where rows are tiled in parts. The area must hold
+    /// x as the weights read it, in `area`: rounded to int8, unless it lies there already, or where rows are tiled to f16. The area must hold
     /// it ([`inputs_bytes`]).
     pub(super) fn input(
         &self,
@@ -88,35 +88,25 @@ impl CudaBackend {
         weights: &[&Weight],
         tiled: bool,
     ) -> Result<Input, KernelError> {
-        let mut at = s.at(area);
-        let mut take = |dtype: DType| {
-            at += (x.rows * input_bytes(dtype, x.cols, tiled)) as u64;
-            at - (x.rows * input_bytes(dtype, x.cols, tiled)) as u64
-        };
-        let rounds = weights.iter().find(|w| layout::rounds(w.dtype()));
+        let (at, any) = (s.at(area), |of: fn(DType) -> bool| weights.iter().any(|w| of(w.dtype())));
+        let (mut rounded, mut halves) = (None, None);
         let known = area == Area::Input && s.rounded == Some(x);
-        let round = |at: u64| if known { Ok(Rounded::of(at, x.cols)) } else { self.kernels.round(x, at) };
-        let rounded = rounds.filter(|_| !tiled).map(|w| round(take(w.dtype()))).transpose()?;
-        let mut split = |dtype: DType| {
-            let asked = tiled && weights.iter().any(|w| w.dtype() == dtype);
-            asked.then(|| self.kernels.split(dtype, x, take(dtype))).transpose()
-        };
-        let half = rounds.map_or(Ok(None), |w| split(w.dtype()))?;
-        // F16 last: its scales end anywhere.
-        let bf16 = split(DType::BF16)?;
-        let f16 = split(DType::F16)?;
-        let split = [f16, bf16, half];
-        if area == Area::Input && (rounded.is_some() || split.iter().any(Option::is_some)) {
+        if tiled && any(|d| d != DType::F32) {
+            halves = Some(self.kernels.half(x, at)?);
+        } else if !tiled && any(layout::rounds) {
+            rounded = Some(if known { Rounded::of(at, x.cols) } else { self.kernels.round(x, at)? });
+        }
+        if area == Area::Input && (rounded.is_some() || halves.is_some()) {
             s.rounded = rounded.map(|_| x);
         }
-        Ok(Input { float: x, rounded, split })
+        Ok(Input { float: x, rounded, halves })
     }
 
     /// The rows of a call in runs that take the same products, and whether these are the ones of prompts on tensor cores, which all weights
     /// but F32 have. A property of a row's request, never of the call.
     fn runs(&self, prompts: &[u32], n: usize, weights: &[&Weight]) -> Vec<(Range<usize>, bool)> {
         let halves = weights.iter().any(|w| w.dtype() != DType::F32);
-        if prompts.is_empty() || !halves || !self.kernels.splits() {
+        if prompts.is_empty() || !halves || !self.kernels.takes_halves() {
             return vec![(0..n, false)];
         }
         let tiled = |p: &u32| *p as usize > COLUMNS;
@@ -144,7 +134,7 @@ impl CudaBackend {
         let (g, u) = (Matrix::of(f.gate)?, Matrix::of(f.up)?);
         let bytes = rows * inputs_bytes(&[f.down], width, tiled);
         s.room(Area::Hidden, bytes, bytes)?;
-        if g.dtype == u.dtype && self.kernels.fuses(g, &x) {
+        if g.dtype == u.dtype {
             self.kernels.product(Product::set(g, gate), x, jobs, Some((u, f.act)))?;
             return self.input(s, Area::Hidden, gate, &[f.down], tiled);
         }
@@ -155,7 +145,7 @@ impl CudaBackend {
         }
         if layout::rounds(f.down.dtype()) && !tiled {
             let rounded = Some(self.kernels.round_glu(gate, up, f.act, s.at(Area::Hidden))?);
-            return Ok(Input { float: gate, rounded, split: [None; 3] });
+            return Ok(Input { float: gate, rounded, halves: None });
         }
         self.kernels.glu(gate, up, f.act)?;
         self.input(s, Area::Hidden, gate, &[f.down], tiled)
@@ -246,7 +236,7 @@ impl CudaBackend {
 
 /// `n` of `rows` rows at a time, in whole tiles of the largest products where that is more than one.
 fn whole_tiles(n: usize, rows: usize) -> usize {
-    if n < rows && n > split::COLUMNS { n / split::COLUMNS * split::COLUMNS } else { n }
+    if n < rows && n > half::COLUMNS { n / half::COLUMNS * half::COLUMNS } else { n }
 }
 
 fn address(x: Option<u64>) -> Result<u64, KernelError> {
@@ -317,7 +307,7 @@ impl Backend for CudaBackend {
         let row = layout::row_bytes(host.dtype(), host.cols());
         let memory = self.memory(weight_bytes(&host), "weights")?;
         let (each, bytes, total, mut next) = (host.rows(), host.row_bytes(), host.count() * host.rows(), 0);
-        let mut powers = vec![0.0; if layout::rounds(host.dtype()) { total } else { 0 }];
+        let mut powers = vec![0.0; if layout::has_power(host.dtype()) { total } else { 0 }];
         let source = |i: usize| &host.matrix(i / each)[i % each * bytes..][..bytes];
         let packers = std::thread::available_parallelism().map_or(1, Into::into).min(PACKERS);
         self.gpu.gpu.stream(memory.at(), row, &mut |piece| {
@@ -586,7 +576,8 @@ impl Backend for CudaBackend {
                 let skip = 4 * (first * used) as u64;
                 let (ids, weights) = (s.at(Area::RouteIds) + skip, s.at(Area::RouteWeights) + skip);
                 let count = experts.gate.count();
-                let columns = tiled.then(|| split::expert_columns(&experts, rows.len() * used / count));
+                let of = [experts.gate, experts.up, experts.down];
+                let columns = tiled.then(|| half::grouped_columns(&of, rows.len() * used / count));
                 let jobs = self.jobs(s, ids, rows.len(), used, count, columns)?;
                 let hidden = self.hidden(s, &experts, input, jobs, tiled)?;
                 let each = Floats::dense(s.at(Area::Experts), rows.len() * used, out.cols);

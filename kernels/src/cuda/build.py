@@ -41,14 +41,13 @@ MODULES = (
     + [(f"skinny_{f.lower()}_sm80", "skinny.cu", f, 80) for f in QUANTISED]
     + [(f"matmul_{f.lower()}", "matmul.cu", f, 75) for f in QUANTISED]
     + [(f"matmul_{f.lower()}_sm80", "matmul.cu", f, 80) for f in QUANTISED]
-    + [(f"matmul_half_{f.lower()}_sm80", "matmul_half.cu", f, 80) for f in QUANTISED]
+    + [(f"matmul_half_{f.lower()}_sm80", "matmul_half.cu", f, 80) for f in QUANTISED + ["F16", "BF16"]]
     + [(f"matmul_{f.lower()}", "matmul_float.cu", f, 75) for f in FLOATS]
     + [(f"{s}_{f.lower()}", f"{s}.cu", f, 75) for s in ["attention", "prompt", "mass", "store"] for f in CACHES]
     + [(f"{s}_{a.lower()}_{b.lower()}", f"{s}.cu", f"{a},SECOND={b}", 75) for s in ["attention", "prompt", "mass"] for a, b in PAIRS]
     + [("mla_f16_sm80", "mla.cu", "F16", 80), ("mla_small_f16_sm80", "mla.cu", "F16,SMALL", 80)]
     + [(name, f"{name}.cu", None, 75) for name in ["cache", "round", "router", "rows"]]
     + [("prompt_half_f16_sm80", "prompt_half.cu", "F16", 80)]
-    + [("matmul_split_f16_sm80", "matmul_split.cu", "F16,HALF_ROWS", 80), ("matmul_split_bf16_sm80", "matmul_split.cu", "BF16", 80)]
 )
 # What decoding launches, in texts of kernels that begin while the one before ends (overlap.cuh).
 OVERLAPS = ["matvec.cu", "float.cu", "attention.cu", "store.cu", "round.cu", "router.cu", "rows.cu"]

@@ -334,12 +334,12 @@ impl Launcher {
 
     /// Whether the columns are few for such weights: [`Launcher::few`] takes them.
     fn takes_few(w: Matrix, x: &Input) -> bool {
-        Self::takes_skinny(w, x) || (x.float.rows <= COLUMNS && x.split(w.dtype).is_none())
+        Self::takes_skinny(w, x) || (x.float.rows <= COLUMNS && x.halves(w.dtype).is_none())
     }
 
     /// Whether [`Launcher::skinny`] does.
     fn takes_skinny(w: Matrix, x: &Input) -> bool {
-        layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) && x.split(w.dtype).is_none()
+        layout::rounds(w.dtype) && SKINNY.contains(&x.float.rows) && x.halves(w.dtype).is_none()
     }
 
     /// One product of the rows that `jobs` makes; with `up`, of W's format, `act(W x) * (up x)`.
@@ -436,7 +436,7 @@ impl Launcher {
     }
 
     /// Many columns: all of x for one matrix, or `jobs` by expert, row j of out being job j. With `up`, `act(W x) * (up x)`. A column's
-    /// bits are those of the kernels for few, but for rows in parts.
+    /// bits are those of the kernels for few, but for rows in f16.
     fn matmul(
         &self,
         made: Product,
@@ -445,11 +445,8 @@ impl Launcher {
         up: Option<(Matrix, Activation)>,
     ) -> Result<(), KernelError> {
         let Product { w, out, .. } = made;
-        if let Some(split) = x.split(w.dtype) {
-            return match layout::rounds(w.dtype) {
-                true => self.matmul_half(made, split, jobs, up),
-                false => self.matmul_split(made, split, jobs, up),
-            };
+        if let Some(halves) = x.halves(w.dtype) {
+            return self.matmul_half(made, halves, jobs, up);
         }
         let (at, stride) = self.input(&w, &x)?;
         // What a block makes.

@@ -35,9 +35,14 @@ pub fn row_bytes(dtype: DType, cols: usize) -> usize {
     fields(dtype).iter().map(|f| (n * f.1).next_multiple_of(ALIGN)).sum()
 }
 
-/// Bytes of a row of `cols` weights with what is kept beside it: for block formats its [`power`].
+/// Bytes of a row of `cols` weights with what is kept beside it: its [`power`], where it [has one](has_power).
 pub fn weight_bytes(dtype: DType, cols: usize) -> usize {
-    row_bytes(dtype, cols) + if rounds(dtype) { POWER } else { 0 }
+    row_bytes(dtype, cols) + if has_power(dtype) { POWER } else { 0 }
+}
+
+/// Whether rows are brought within f16 by a [`power`]: those of F16 are, those of F32 never meet it.
+pub fn has_power(dtype: DType) -> bool {
+    !matches!(dtype, DType::F32 | DType::F16)
 }
 
 /// Bytes of a row's power.
@@ -46,16 +51,18 @@ pub const POWER: usize = 4;
 /// A scale of a block.
 enum Scale {
     F16,
+    BF16,
     F32,
     /// A power of two, 2^(e - 128).
     E8M0,
 }
 
-/// The scales of a block: where they lie, of which type, and the most that a weight is of each.
+/// The scales of a block: where they lie, of which type, and the most that a weight is of each. One of BF16 is its own.
 fn scales(dtype: DType) -> &'static [(usize, Scale, u32)] {
     use Scale::*;
     match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => &[],
+        DType::F32 | DType::F16 => &[],
+        DType::BF16 => &[(0, BF16, 1)],
         DType::Q4_0 => &[(0, F16, 8)],
         DType::Q4_1 => &[(0, F16, 15), (2, F16, 1)],
         DType::Q5_0 => &[(0, F16, 16)],
@@ -86,6 +93,10 @@ pub fn power(dtype: DType, src: &[u8]) -> f32 {
             Scale::F16 => {
                 let bits = most(&|b| u32::from(b[at]) | u32::from(b[at + 1] & 0x7f) << 8, 0x7c00);
                 f64::from(half::f16::from_bits(bits as u16))
+            }
+            Scale::BF16 => {
+                let bits = most(&|b| u32::from(b[at]) | u32::from(b[at + 1] & 0x7f) << 8, 0x7f80);
+                f64::from(f32::from_bits(bits << 16))
             }
             Scale::F32 => {
                 let bits = |b: &[u8]| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
@@ -146,6 +157,11 @@ pub fn pack_row(dtype: DType, src: &[u8], dst: &mut [u8]) {
     let block = dtype.format().block_bytes;
     let n = src.len() / block;
     dst.fill(0);
+    if let [(0, whole)] = fields(dtype)
+        && *whole == block
+    {
+        return dst[..src.len()].copy_from_slice(src);
+    }
     let mut at = 0;
     for &(from, len) in fields(dtype) {
         let plane = (n * len).next_multiple_of(ALIGN);
@@ -165,7 +181,7 @@ mod tests {
 
     #[test]
     fn powers_bring_weights_near_the_top_of_f16() {
-        for f in FORMATS.iter().filter(|f| rounds(f.dtype)) {
+        for f in FORMATS.iter().filter(|f| has_power(f.dtype)) {
             let (cols, mut rng) = (2 * f.block_len, Rng(f.dtype as u64));
             let (mut largest, mut values) = (0.0f64, vec![0.0; cols]);
             for i in 0..200 {

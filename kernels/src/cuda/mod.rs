@@ -9,6 +9,7 @@ mod driver;
 #[path = "no_driver.rs"]
 mod driver;
 mod gpu;
+mod half;
 mod launch;
 pub mod layout;
 mod mla;
@@ -17,7 +18,6 @@ mod operands;
 pub mod plan;
 mod queue;
 mod scratch;
-mod split;
 
 pub use backend::{CudaBackend, kv_bytes, scratch_bytes, weight_bytes};
 pub use driver::{devices, open};

@@ -51,8 +51,8 @@ modules! {
     matmul_q4_k_sm80 matmul_q5_k_sm80 matmul_q6_k_sm80 matmul_q8_k_sm80 matmul_iq4_nl_sm80 matmul_iq4_xs_sm80 matmul_mxfp4_sm80
     matmul_half_q4_0_sm80 matmul_half_q4_1_sm80 matmul_half_q5_0_sm80 matmul_half_q5_1_sm80 matmul_half_q8_0_sm80
     matmul_half_q2_k_sm80 matmul_half_q3_k_sm80 matmul_half_q4_k_sm80 matmul_half_q5_k_sm80 matmul_half_q6_k_sm80
-    matmul_half_q8_k_sm80 matmul_half_iq4_nl_sm80 matmul_half_iq4_xs_sm80 matmul_half_mxfp4_sm80
-    matmul_split_f16_sm80 matmul_split_bf16_sm80 prompt_half_f16_sm80
+    matmul_half_q8_k_sm80 matmul_half_iq4_nl_sm80 matmul_half_iq4_xs_sm80 matmul_half_mxfp4_sm80 matmul_half_f16_sm80
+    matmul_half_bf16_sm80 prompt_half_f16_sm80
     attention_f32 attention_f16 attention_bf16 attention_q8_0 attention_q4_0
     prompt_f32 prompt_f16 prompt_bf16 prompt_q8_0 prompt_q4_0
     mass_f32 mass_f16 mass_bf16 mass_q8_0 mass_q4_0

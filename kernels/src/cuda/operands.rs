@@ -105,43 +105,35 @@ impl Rounded {
     }
 }
 
-/// Rows of prompts in parts of one type, or in one of f16 (`matmul_split.cu`): `stride` bytes each, and what undoes their scales (0: none).
+/// Rows of prompts in f16 (`half_rows` of round.cu): `stride` bytes each, and what undoes their powers of two.
 #[derive(Clone, Copy, Debug)]
-pub struct Split {
+pub struct Halves {
     pub at: u64,
     pub stride: usize,
     pub scales: u64,
 }
 
-/// Bytes of a row of `cols` activations in parts, for weights of `dtype`; 0 where these take none.
-pub fn split_bytes(dtype: DType, cols: usize) -> usize {
-    match dtype {
-        DType::F16 => 128 * cols.div_ceil(32),
-        DType::BF16 => 192 * cols.div_ceil(32),
-        d if layout::rounds(d) => 64 * cols.div_ceil(32),
-        _ => 0,
+impl Halves {
+    /// Rows of `x` at `at`, their scales behind them.
+    pub fn of(at: u64, x: &Floats) -> Self {
+        let stride = 64 * x.cols.div_ceil(32);
+        Self { at, stride, scales: at + (x.rows * stride) as u64 }
     }
 }
 
-/// Bytes of a row of `cols` activations as weights of `dtype` read it, beside the floats; `tiled`: rows of prompts, in parts.
+/// Bytes of a row of `cols` activations as weights of `dtype` read it, beside the floats; `tiled`: rows of prompts, in f16.
 pub fn input_bytes(dtype: DType, cols: usize, tiled: bool) -> usize {
     match dtype {
-        DType::F16 if tiled => split_bytes(dtype, cols) + 4,
-        DType::BF16 if tiled => split_bytes(dtype, cols),
-        // A scale, and so much that what follows is aligned.
-        d if tiled && layout::rounds(d) => split_bytes(dtype, cols) + 16,
+        DType::F32 => 0,
+        _ if tiled => 64 * cols.div_ceil(32) + 4,
         d if layout::rounds(d) => cols.div_ceil(256) * BLOCK_BYTES,
         _ => 0,
     }
 }
 
-/// The same for several weights: rounded rows, and parts of either type.
+/// The same for several weights.
 pub fn inputs_bytes(weights: &[&Weight], cols: usize, tiled: bool) -> usize {
-    let most = |f: fn(DType) -> bool| {
-        let of = |w: &&Weight| if f(w.dtype()) { input_bytes(w.dtype(), cols, tiled) } else { 0 };
-        weights.iter().map(of).max().unwrap_or(0)
-    };
-    most(layout::rounds) + most(|d| d == DType::F16) + most(|d| d == DType::BF16)
+    weights.iter().map(|w| input_bytes(w.dtype(), cols, tiled)).max().unwrap_or(0)
 }
 
 /// What a product reads.
@@ -150,31 +142,21 @@ pub struct Input {
     pub float: Floats,
     /// Needed where a weight's format asks for it.
     pub rounded: Option<Rounded>,
-    /// Rows of prompts, for weights of F16, of BF16 and of block formats.
-    pub split: [Option<Split>; 3],
+    /// Rows of prompts, for weights of all types but F32.
+    pub halves: Option<Halves>,
 }
 
 impl Input {
-    /// The rows in parts, where weights of `dtype` are to read them.
-    pub fn split(&self, dtype: DType) -> Option<Split> {
-        match dtype {
-            DType::F16 => self.split[0],
-            DType::BF16 => self.split[1],
-            DType::F32 => None,
-            _ => self.split[2],
-        }
+    /// The rows in f16, where weights of `dtype` are to read them.
+    pub fn halves(&self, dtype: DType) -> Option<Halves> {
+        self.halves.filter(|_| dtype != DType::F32)
     }
 
     pub fn part(self, rows: Range<usize>) -> Self {
-        let skip = |r: Rounded| Rounded { at: r.at + (rows.start * r.stride * BLOCK_BYTES) as u64, ..r };
-        let split = self.split.map(|s| {
-            s.map(|s| Split {
-                at: s.at + (rows.start * s.stride) as u64,
-                scales: if s.scales == 0 { 0 } else { s.scales + 4 * rows.start as u64 },
-                ..s
-            })
-        });
-        Self { rounded: self.rounded.map(skip), split, float: self.float.part(rows) }
+        let skip = |bytes: usize| (rows.start * bytes) as u64;
+        let rounded = self.rounded.map(|r| Rounded { at: r.at + skip(r.stride * BLOCK_BYTES), ..r });
+        let halves = |h: Halves| Halves { at: h.at + skip(h.stride), scales: h.scales + skip(4), ..h };
+        Self { rounded, halves: self.halves.map(halves), float: self.float.part(rows) }
     }
 }
 
@@ -186,14 +168,14 @@ pub struct Matrix {
     pub rows: usize,
     pub cols: usize,
     pub matrix_rows: usize,
-    /// Of block formats: a power of two for each row.
+    /// A power of two for each row, where it [has one](layout::has_power).
     pub powers: u64,
 }
 
 impl Matrix {
     pub fn of(w: &Weight) -> Result<Self, KernelError> {
         let at = w.address().ok_or(KernelError::Place { op: "cuda" })?;
-        let powers = w.powers().filter(|_| layout::rounds(w.dtype())).unwrap_or(0);
+        let powers = w.powers().filter(|_| layout::has_power(w.dtype())).unwrap_or(0);
         Ok(Self { at, dtype: w.dtype(), rows: w.rows(), cols: w.cols(), matrix_rows: w.rows(), powers })
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// What an area is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Area {
-    /// Inputs of products, rounded or in parts.
+    /// Inputs of products, rounded to int8 or f16.
     Input,
     /// Hidden activations likewise, and MLA's rounded heads.
     Hidden,
@@ -106,30 +106,24 @@ impl Sizes {
         // As many rows as the budget allows.
         let rows = |each: usize| each * (BUDGET / each.max(1)).clamp(1, tokens);
         let blocks = |values: usize| values.div_ceil(256) * BLOCK_BYTES;
-        // Rounded, or of prompts in f16.
-        let rounded = |values: usize| blocks(values).max(input_bytes(DType::Q8_0, values, values > 0));
+        // Rounded, or of prompts in f16; `float`: only the latter.
+        let read = |rounded: usize, float: usize| {
+            let half = |values: usize| input_bytes(DType::F16, values, values > 0);
+            blocks(rounded).max(half(rounded.max(float)))
+        };
         let dense = l.hidden.rounded.max(l.hidden.float);
         let routed = l.used * l.routed.rounded.max(l.routed.float);
         let hidden = 4 * dense.max(routed);
-        let split = |f16: usize, bf16: usize| {
-            (input_bytes(DType::F16, f16, f16 > 0), input_bytes(DType::BF16, bf16, true))
-        };
-        let read = |h: Hidden| {
-            let (f16, bf16) = split(h.f16, h.bf16);
-            rounded(h.rounded).max(f16).max(bf16)
-        };
-        let hidden_input = read(l.hidden).max(l.used * read(l.routed));
+        let hidden_of = |h: Hidden| read(h.rounded, h.half);
+        let hidden_input = hidden_of(l.hidden).max(l.used * hidden_of(l.routed));
         let (mla, heads) = (l.latent > 0, l.heads);
-        let head_blocks = if mla { heads * blocks(l.latent) } else { 0 };
+        let head_inputs = if mla { heads * read(l.latent, l.latent) } else { 0 };
         let latents = if mla { rows(4 * l.max_heads_out) } else { 0 };
         let moe = l.used > 0;
         let parts = if mla { Parts::absorbed(heads, false) } else { Parts::GROUPED };
         let size = |a: Area| match a {
-            Area::Input => {
-                let (f16, bf16) = split(l.f16_in, l.bf16_in);
-                rows(rounded(l.max_in) + f16 + bf16)
-            }
-            Area::Hidden => rows(hidden_input).max(rows(head_blocks)),
+            Area::Input => rows(read(l.max_in, l.half_in)),
+            Area::Hidden => rows(hidden_input).max(rows(head_inputs)),
             Area::Gate | Area::Up => rows(hidden),
             Area::Experts => rows(4 * l.used * l.width),
             Area::Shared if moe => rows(4 * l.width),

@@ -92,7 +92,8 @@ fn newer_gpus_compute_mla_on_tensor_cores() {
         let dev = Interpreted::like(capability, 1 << 30).device().expect("the kernels load");
         one_by_one("quantised/q-deepseek2-q4_k_m", DType::F16, &dev);
         for kv in ["sinks:2+window:6", "h2o:budget=8,positions=compact"] {
-            forgetting("deepseek2-v2-lite", kv, DType::F16, &dev);
+            // Prompts round activations to f16 there.
+            forgetting("deepseek2-v2-lite", kv, DType::F16, &dev, 1e-5);
         }
         same_in_batches("deepseek2-v3", &dev);
     }
@@ -125,11 +126,11 @@ fn caches_that_forget_are_the_cpus() {
         ("deepseek2-v2-lite", "h2o:budget=8,positions=compact"),
         ("qwen3", "snapkv:budget=8"),
     ] {
-        forgetting(name, kv, DType::F32, &gpu());
+        forgetting(name, kv, DType::F32, &gpu(), 1e-6);
     }
 }
 
-fn forgetting(name: &str, kv: &str, cache: DType, device: &Device) {
+fn forgetting(name: &str, kv: &str, cache: DType, device: &Device, bar: f64) {
     let tokens = &read_tokens(&fixture(name).join("tokens.json"))[..16];
     let run = |device: Option<&Device>| {
         let kv = kv.parse().unwrap_or_else(|e| panic!("{kv}: {e:?}"));
@@ -139,7 +140,7 @@ fn forgetting(name: &str, kv: &str, cache: DType, device: &Device) {
     let (want, got) = (run(None), run(Some(device)));
     let d = compare(&want, &got, want.len() / tokens.len());
     println!("{name}, {kv}: {d:?}");
-    assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}, {kv}: {d:?}");
+    assert!(d.max_kl <= bar && d.top1 == 1.0, "{name}, {kv}: {d:?}");
 }
 
 /// A saved sequence goes on with the same bits, on the GPU as on the CPU that read its file.

@@ -279,7 +279,7 @@ fn visible(rows: usize, slots: usize) -> Visible {
     v
 }
 
-fn cache(dev: &Device, dtype: DType, slots: usize, width: usize, seed: u64) -> KvBuf {
+pub(crate) fn cache(dev: &Device, dtype: DType, slots: usize, width: usize, seed: u64) -> KvBuf {
     let mut c = dev.alloc_kv(dtype, slots, width).unwrap();
     let x = buf(dev, &fill(&mut Rng(seed), slots * width), width);
     let ids: Vec<u32> = (0..slots as u32).rev().collect();

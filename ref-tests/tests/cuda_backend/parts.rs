@@ -1,8 +1,7 @@
-//! Rows of prompts in parts, for weights of F16 and BF16, and in f16 for block formats, as GPUs since compute capability 8.0 take them: close
-//! to the CPU, whatever the call holds besides; rows that are decoded keep the CPU's bits.
+//! Rows of prompts in f16, as GPUs since compute capability 8.0 take them for all weights but F32: close to the CPU, whatever the call holds besides; rows that are decoded keep the CPU's bits.
 
 use crate::models::{eval, load, options};
-use crate::ops::{all, buf, vector, weight};
+use crate::ops::{all, buf, cache, vector, weight};
 use engine::Session;
 use kernels::testing::{Rng, assert_bits};
 use kernels::*;
@@ -14,13 +13,14 @@ fn newer() -> Device {
     Interpreted::like((8, 0), 1 << 30).device().expect("the kernels load")
 }
 
-/// Of each row the tokens of its prompt: decoded, a prompt's, one too short for parts.
+/// Of each row the tokens of its prompt: decoded, a prompt's, one too short for f16.
 fn prompts() -> Vec<u32> {
     [vec![0; 3], vec![15; 15], vec![8; 3]].concat()
 }
 
-/// Of the largest result, against the CPU: of products of f32 precision, and of such as round to int8 there and to f16 here, weights of any size.
-const EXACT: f32 = 2e-6;
+/// Of the largest result, against the CPU: where activations round to f16 here and not at all there (by 2^-11 at most, and errors add up as
+/// products do), and where they round to int8 there, weights of any size.
+const HALF: f32 = 1.0 / 2048.0;
 const ROUNDED: f32 = 1e-1;
 
 /// What `run` makes of all rows in one call, of those of the prompt in pieces, and of all rows decoded.
@@ -53,9 +53,9 @@ fn check(what: &str, d: usize, bar: f32, run: impl Fn(&Device, &[f32], &[u32]) -
 fn products() {
     // Formats that share an input: rows go in every way that one of them asks for.
     for (dtype, other, third, cols, bar) in [
-        (DType::F16, DType::BF16, DType::F32, 96, EXACT),
-        (DType::BF16, DType::F32, DType::F32, 513, EXACT),
-        (DType::F16, DType::F32, DType::F32, 4128, EXACT),
+        (DType::F16, DType::BF16, DType::F32, 96, HALF),
+        (DType::BF16, DType::F32, DType::F32, 513, HALF),
+        (DType::F16, DType::F32, DType::F32, 4128, HALF),
         (DType::Q8_0, DType::F16, DType::BF16, 96, ROUNDED),
         (DType::Q4_K, DType::F32, DType::Q6_K, 512, ROUNDED),
     ] {
@@ -80,13 +80,14 @@ fn products() {
     }
 }
 
+/// Of a hidden value gate and up are off, and it is rounded itself.
 #[test]
 fn feed_forward_layers_and_experts() {
     let (experts, used) = (5, 2);
     for (inner, down, act, d, hidden, bar) in [
-        (DType::F16, DType::F16, Activation::Silu, 96, 70, EXACT),
-        (DType::BF16, DType::F16, Activation::GeluTanh, 64, 96, EXACT),
-        (DType::F16, DType::BF16, Activation::Silu, 4128, 7, EXACT),
+        (DType::F16, DType::F16, Activation::Silu, 96, 70, 3.0 * HALF),
+        (DType::BF16, DType::F16, Activation::GeluTanh, 64, 96, 3.0 * HALF),
+        (DType::F16, DType::BF16, Activation::Silu, 4128, 7, 3.0 * HALF),
         (DType::Q4_K, DType::Q5_0, Activation::Silu, 256, 96, ROUNDED),
         (DType::Q8_0, DType::F16, Activation::GeluTanh, 64, 96, ROUNDED),
         (DType::F16, DType::MXFP4, Activation::Silu, 64, 32, ROUNDED),
@@ -114,6 +115,67 @@ fn feed_forward_layers_and_experts() {
             dev.moe(e, &routes, Some(f), x.view(n), out.view_mut(n), Write::Add).unwrap();
             all(&dev, &out)
         });
+    }
+}
+
+/// MLA's products by head: within the bars of the CPU, the same bits in pieces and alone, for heads of which a tile of 32 columns takes
+/// all rows and for more.
+#[test]
+fn heads() {
+    let (heads, nope, rope, value, latent, slots) = (3, 32, 16, 40, 64, 60);
+    // Scales that keep scores small though weights may be large.
+    for (joint, kind, n, scale, bar) in [
+        (false, DType::F16, 35, 1e-5, 3.0 * HALF),
+        (true, DType::BF16, 12, 0.05, 3.0 * HALF),
+        (false, DType::Q8_0, 12, 1e-6, 2e-2),
+        (true, DType::Q4_0, 35, 1e-6, 2e-2),
+    ] {
+        // Decoded, of a prompt, of one too short for f16.
+        let prompts = [vec![0; 2], vec![n as u32; n], vec![8; 2]].concat();
+        let q = Rng(1).activations(prompts.len() * heads * (nope + rope));
+        let run = |dev: &Device, some: std::ops::Range<usize>| {
+            let width = heads * (nope + rope);
+            let q = buf(dev, &q[some.start * width..some.end * width], width);
+            let (c, k_pe) =
+                (cache(dev, DType::F16, slots, latent, 2), cache(dev, DType::F16, slots, rope, 3));
+            let k_b = weight(dev, kind, heads, latent, nope, 4);
+            let v_b = weight(dev, kind, heads, value, latent, 5);
+            let kv_b = weight(dev, kind, 1, heads * (nope + value), latent, 6);
+            let up = if joint { MlaUp::Joint { kv_b: &kv_b } } else { MlaUp::Split { k_b: &k_b, v_b: &v_b } };
+            let mut visible = Visible::default();
+            for i in some.clone() {
+                visible.set_prompt(prompts[i] as usize);
+                visible.push([Span { start: i as u32 % 5, len: 9 + i as u32, sink: false }]);
+            }
+            let (q, visible) = (q.view(some.len()), &visible);
+            let m = Mla {
+                heads,
+                nope,
+                rope,
+                value,
+                scale,
+                q,
+                q_sink: None,
+                latent: &c,
+                k_pe: &k_pe,
+                up,
+                visible,
+            };
+            let mut out = dev.alloc(some.len(), heads * value).unwrap();
+            dev.mla(m, out.view_mut(some.len())).unwrap();
+            all(dev, &out)
+        };
+        let what = |of: &str| format!("{kind}, joint {joint}: {of}");
+        let (cpu, rows) = (Device::new(cpu::CpuBackend::new(1)), prompts.len());
+        let (got, want) = (run(&newer(), 0..rows), run(&cpu, 0..rows));
+        let size = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let worst = got.iter().zip(&want).fold(0.0f32, |m, (g, w)| m.max((g - w).abs() / size));
+        println!("{}", what(&format!("{worst:.1e} from the CPU")));
+        assert!(worst <= bar, "{}", what(&format!("{worst:e} from the CPU")));
+        for some in [0..2, 2..3, 3..rows - 2, rows - 2..rows] {
+            let part = some.start * heads * value..some.end * heads * value;
+            assert_bits(&run(&newer(), some.clone()), &got[part], || what(&format!("rows {some:?} alone")));
+        }
     }
 }
 
@@ -196,7 +258,9 @@ fn quantised_models() {
     }
 }
 
-/// Whole models of F16 and of BF16 with experts: Hugging Face's logits, the same bits for every cut of the prompt, and no memory but what was reserved.
+/// Whole models of F16 and of BF16 with experts: Hugging Face's logits, but for the rounding of activations to f16. Its error is a 28th of that
+/// of int8, which costs 5e-4 to 9e-4 in the mean, and the distance goes by the square: some 1e-6, and rows scatter. The same bits for every
+/// cut of the prompt, and no memory but what was reserved.
 #[test]
 fn models() {
     for (name, n) in [("mistral", 20), ("deepseek2-v2-lite", 11)] {
@@ -215,7 +279,7 @@ fn models() {
         let whole = run(n);
         let d = compare(&reference[..n * vocab], &whole, vocab);
         println!("{name}: {d:?}");
-        assert!(d.max_kl <= 1e-6 && d.top1 == 1.0, "{name}: {d:?}");
+        assert!(d.mean_kl <= 4e-6 && d.max_kl <= 1e-5 && d.top1 == 1.0, "{name}: {d:?}");
         for batch in [1, 7] {
             assert_bits(&run(batch), &whole, || format!("{name}: batches of {batch}"));
         }

@@ -1,11 +1,11 @@
-//! Weights of block formats times the rows of prompts on f16 tensor cores: against f64, and closer against f64 of the rounded weights and
+//! Weights times the rows of prompts on f16 tensor cores: against f64, and closer against f64 of the rounded weights and
 //! activations, on a machine that cuts what tensor cores cut. What a column gets depends neither on its neighbours nor on the entry point.
 
 use crate::matmul::sorted;
-use crate::matvec::{packed, rounds};
+use crate::matvec::packed;
 use crate::{Gpu, n, p};
 use half::f16;
-use kernels::cuda::layout::{blocks, power, row_bytes};
+use kernels::cuda::layout::{blocks, has_power, power, row_bytes};
 use kernels::cuda::modules::{module, text_for};
 use kernels::testing::{Fill, Rng, assert_bits, assert_close, weights};
 use ptx::Param;
@@ -48,19 +48,24 @@ impl Matrix {
         out
     }
 
+    /// Of each row; none of F16.
+    fn powers(&self) -> Vec<f32> {
+        let rows = 0..if has_power(self.dtype) { self.rows } else { 0 };
+        rows.map(|r| power(self.dtype, self.host_row(r))).collect()
+    }
+
     /// As the kernel rounds them.
     fn rounded(&self) -> Vec<f64> {
-        let powers: Vec<f32> = (0..self.rows).map(|r| power(self.dtype, self.host_row(r))).collect();
-        let values = self.values();
-        let all = values.chunks_exact(self.cols).zip(powers);
+        let (values, powers) = (self.values(), self.powers());
+        let all = values.chunks_exact(self.cols).zip(powers.into_iter().chain(std::iter::repeat(1.0)));
         all.flat_map(|(row, p)| row.iter().map(move |v| f16::from_f32(v * p).to_f64() / f64::from(p)))
             .collect()
     }
 
     /// On the device: rows and their powers.
     fn upload(&self, gpu: &mut Gpu) -> (u64, u64) {
-        let powers: Vec<f32> = (0..self.rows).map(|r| power(self.dtype, self.host_row(r))).collect();
-        (gpu.bytes(&packed(self.dtype, self.cols, &self.host)), gpu.floats(&powers))
+        let powers = if has_power(self.dtype) { gpu.floats(&self.powers()) } else { 0 };
+        (gpu.bytes(&packed(self.dtype, self.cols, &self.host)), powers)
     }
 }
 
@@ -71,7 +76,7 @@ struct Rows(u64, usize, u64);
 /// Rounds x by the kernel, in a module of its own, and brings it here.
 fn half_rows(gpu: &mut Gpu, x: &[f32], len: usize) -> (Rows, Vec<f64>) {
     let (rows, stride) = (x.len() / len, 64 * len.div_ceil(32));
-    let mut other = Gpu::new(text_for("matmul_split_f16", 80).unwrap());
+    let mut other = Gpu::new(module("round").unwrap());
     let (dx, out, scales) = (other.floats(x), other.machine.alloc(rows * stride), other.room(rows));
     other.run("half_rows", [rows, 1], 256, &[p(dx), n(len), n(len), p(out), n(stride), p(scales)]);
     let (bytes, undo) = (other.machine.read(out, rows * stride).unwrap(), other.read(scales, rows));
@@ -163,6 +168,20 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|v| f64::from(*v)).collect()
 }
 
+/// A block's shared memory, its own and what it is launched with, is what every GPU since Ampere gives one.
+#[test]
+fn blocks_fit_every_gpu() {
+    for f in FORMATS.iter().filter(|f| f.dtype != DType::F32) {
+        let text = text_for(&format!("matmul_half_{}", f.name.to_ascii_lowercase()), 80).unwrap();
+        let module = ptx::Module::parse(text.text).unwrap();
+        for Entry(name, features, columns, _) in [LARGE, MIDDLE, SMALL] {
+            let kernel = module.kernel(name).unwrap();
+            let bytes = kernel.shared_bytes() + 256 * (features + columns);
+            assert!(bytes <= 99 << 10, "{}, {name}: {bytes} bytes", f.name);
+        }
+    }
+}
+
 #[test]
 fn rows_are_rounded_once() {
     for (i, len) in [1, 31, 33, 64, 70, 700].into_iter().enumerate() {
@@ -227,8 +246,12 @@ fn check(m: &Matrix, columns: usize, entries: &[Entry], seed: u64) {
 /// Every format, at rows of one block, of stages that end halfway, and of several groups.
 #[test]
 fn products_of_every_format_are_close_to_f64() {
-    for (i, f) in FORMATS.iter().filter(|f| rounds(f.dtype)).enumerate() {
-        let lengths = if f.block_len == 256 { [1, 3] } else { [1, 11] };
+    for (i, f) in FORMATS.iter().filter(|f| f.dtype != DType::F32).enumerate() {
+        let lengths = match f.block_len {
+            1 => [33, 520],
+            32 => [1, 11],
+            _ => [1, 3],
+        };
         for (k, blocks) in lengths.into_iter().enumerate() {
             let (rows, columns) = [(5, 3), (66, 35)][k];
             let fill = [Fill::Even, Fill::Extreme, Fill::Random][(i + k) % 3];
@@ -241,10 +264,18 @@ fn products_of_every_format_are_close_to_f64() {
 /// Partial blocks of features and columns of all sizes.
 #[test]
 fn blocks_of_all_sizes_give_the_same_bits() {
-    for (i, (dtype, rows, columns)) in
-        [(DType::Q8_0, 131, 130), (DType::Q4_0, 128, 257), (DType::Q6_K, 1, 65)].into_iter().enumerate()
+    for (i, (dtype, rows, cols, columns)) in [
+        (DType::Q8_0, 131, 96, 130),
+        (DType::Q4_0, 128, 96, 257),
+        (DType::Q6_K, 1, 256, 65),
+        (DType::F16, 130, 130, 257),
+        (DType::F16, 65, 1, 1),
+        (DType::BF16, 129, 100, 129),
+        (DType::BF16, 31, 9, 2),
+    ]
+    .into_iter()
+    .enumerate()
     {
-        let cols = if dtype == DType::Q6_K { 256 } else { 96 };
         let m = Matrix::new(dtype, rows, cols, Fill::Even, &mut Rng(7));
         check(&m, columns, &[LARGE, MIDDLE, SMALL], i as u64);
     }
@@ -253,7 +284,7 @@ fn blocks_of_all_sizes_give_the_same_bits() {
 /// Weights of any size: each row has a power of two of its own. What is not finite stays in its row.
 #[test]
 fn no_finite_weight_is_lost() {
-    for dtype in [DType::Q4_K, DType::Q8_0, DType::Q8_K, DType::MXFP4, DType::Q6_K] {
+    for dtype in [DType::Q4_K, DType::Q8_0, DType::Q8_K, DType::MXFP4, DType::Q6_K, DType::F16, DType::BF16] {
         let (rows, columns) = (6, 2);
         let mut m = Matrix::new(dtype, rows, 256, Fill::Even, &mut Rng(3));
         let row = m.host.len() / rows;
@@ -264,6 +295,12 @@ fn no_finite_weight_is_lost() {
             for b in bytes.chunks_exact_mut(block) {
                 let half = [1, 0x0400, 0x1400, 0x3c00, 0x7bff, 0x7e00u16][r].to_le_bytes();
                 match dtype {
+                    // The value itself, of either sign.
+                    DType::F16 => [b[0], b[1]] = [half[0], half[1] | b[1] & 0x80],
+                    DType::BF16 => {
+                        let bits = [1, 0x0080, 0x3f81, 0x6000, 0x7d7f, 0x7fc0u16][r].to_le_bytes();
+                        [b[0], b[1]] = [bits[0], bits[1] | b[1] & 0x80];
+                    }
                     DType::Q8_K => {
                         let d = [1e-44f32, 1e-30, 1e-6, 1e4, 1e30, f32::NAN][r];
                         b[..4].copy_from_slice(&d.to_le_bytes());
@@ -299,15 +336,50 @@ fn no_finite_weight_is_lost() {
     }
 }
 
+/// Of BF16 every value is what it is, down to 2^-30 of its row's largest; below, it is off by at most 2^-38 of that.
+#[test]
+fn bf16_is_exact_within_thirty_binades() {
+    let (rows, cols) = (3, 64);
+    let mut rng = Rng(5);
+    let mut m = Matrix::new(DType::BF16, rows, cols, Fill::Even, &mut rng);
+    for (r, row) in m.host.chunks_exact_mut(2 * cols).enumerate() {
+        for (i, b) in row.chunks_exact_mut(2).enumerate() {
+            let value = half::bf16::from_f32(rng.unit() + rng.unit().signum());
+            let size = [0i32, 100, -60][r] - i as i32;
+            b.copy_from_slice(&half::bf16::from_f64(value.to_f64() * 2f64.powi(size)).to_le_bytes());
+        }
+    }
+    // A one in each column.
+    let x: Vec<f32> = (0..cols * cols).map(|i| f32::from(u8::from(i % (cols + 1) == 0))).collect();
+    let mut gpu = gpu_of(m.dtype);
+    let (x_rows, _) = half_rows(&mut gpu, &x, cols);
+    let (w, out) = (m.upload(&mut gpu), gpu.room(cols * rows));
+    run(&mut gpu, SMALL, &m, w, x_rows, Job::of(cols), out);
+    let got = gpu.read(out, cols * rows);
+    for (r, row) in m.values().chunks_exact(cols).enumerate() {
+        let most = row.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        for (i, v) in row.iter().enumerate() {
+            let (g, bar) =
+                (got[i * rows + r], if v.abs() >= most * 0.5f32.powi(30) { 0.0 } else { 0.5f32.powi(38) });
+            assert!((g - v).abs() <= bar * most, "row {r}, value {i}: {g:e} of {v:e}");
+        }
+    }
+}
+
 /// Long rows of one sign, where every cut goes the same way, and of both.
 #[test]
 fn long_rows_stay_within_the_bar() {
     let (rows, cols, columns) = (5, 14336, 3);
-    for (one_sign, bar) in [(true, 4e-4), (false, 2e-5)] {
+    for (dtype, one_sign, bar) in
+        [(DType::Q8_0, true, 4e-4), (DType::Q8_0, false, 2e-5), (DType::F16, true, 4e-4)]
+    {
         let mut rng = Rng(9);
-        let m = Matrix::new(DType::Q8_0, rows, cols, Fill::Random, &mut rng);
-        let mut m = Matrix { host: m.host.clone(), ..m };
-        for b in m.host.chunks_exact_mut(34) {
+        let mut m = Matrix::new(dtype, rows, cols, Fill::Random, &mut rng);
+        for b in m.host.chunks_exact_mut(dtype.format().block_bytes) {
+            if dtype == DType::F16 {
+                b.copy_from_slice(&f16::from_f32(0.5 + 0.5 * rng.unit().abs()).to_le_bytes());
+                continue;
+            }
             b[..2].copy_from_slice(&f16::from_f32(0.01).to_le_bytes());
             b[2..].iter_mut().filter(|_| one_sign).for_each(|q| *q = *q & 0x7f | 0x40);
         }
@@ -321,8 +393,8 @@ fn long_rows_stay_within_the_bar() {
         let (want, scale) = exact(&wide(&m.values()), &wide(&x), cols);
         let got = gpu.read(out, columns * rows);
         let errors = got.iter().zip(want.iter().zip(&scale)).map(|(g, (w, s))| (f64::from(*g) - w).abs() / s);
-        println!("one sign: {one_sign}: {:.1e} of the sum", errors.fold(0.0, f64::max));
-        assert_close(&got, &want, &scale, bar, || format!("one sign: {one_sign}"));
+        println!("{dtype}, one sign: {one_sign}: {:.1e} of the sum", errors.fold(0.0, f64::max));
+        assert_close(&got, &want, &scale, bar, || format!("{dtype}, one sign: {one_sign}"));
     }
 }
 
@@ -330,8 +402,15 @@ fn long_rows_stay_within_the_bar() {
 #[test]
 fn experts_and_gates() {
     let (experts, used, d, hidden) = (4, 2, 256, 70);
-    for (act, (dtype, entry, tokens)) in
-        [(DType::Q4_K, SMALL, 23), (DType::Q8_0, MIDDLE, 75), (DType::Q2_K, SMALL, 9)].into_iter().enumerate()
+    for (act, (dtype, entry, tokens)) in [
+        (DType::Q4_K, SMALL, 23),
+        (DType::Q8_0, MIDDLE, 75),
+        (DType::Q2_K, SMALL, 9),
+        (DType::BF16, MIDDLE, 75),
+        (DType::F16, SMALL, 23),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let act = act % 2;
         let mut rng = Rng(31);

@@ -11,7 +11,6 @@ mod prompt_half;
 mod router;
 mod rows;
 mod skinny;
-mod split;
 mod store;
 
 use kernels::cuda::modules::{Ptx, all, text_for};

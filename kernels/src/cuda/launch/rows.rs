@@ -1,7 +1,7 @@
 //! Launches on rows of activations: their rounding, alone or behind a norm or a gate, and their best values.
 
 use super::{Arg, Launcher, flag, n, p};
-use crate::cuda::operands::{BLOCK_BYTES, Floats, Rounded};
+use crate::cuda::operands::{BLOCK_BYTES, Floats, Halves, Rounded};
 use crate::{Activation, KernelError};
 use std::ops::Range;
 
@@ -65,6 +65,14 @@ impl Launcher {
             let y = y.part(r);
             Ok(vec![p(x.at), n(x.stride)?, p(w), n(x.cols)?, Arg::F32(eps), p(y.at), n(y.stride)?])
         })
+    }
+
+    /// Rounds rows to f16 at `out`, which has room for `x.rows` times [`crate::cuda::operands::input_bytes`].
+    pub fn half(&self, x: Floats, out: u64) -> Result<Halves, KernelError> {
+        let to = Halves::of(out, &x);
+        let args = [p(x.at), n(x.stride)?, n(x.cols)?, p(to.at), n(to.stride)?, p(to.scales)];
+        self.run(self.base("round")?, "half_rows", [x.rows, 1, 1], 256, 0, &args)?;
+        Ok(to)
     }
 
     /// Runs an entry of `round`; `args`: of some rows, those before where the blocks go.
