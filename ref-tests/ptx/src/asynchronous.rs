@@ -1,6 +1,7 @@
 //! `cp.async`: copies from global to shared memory that take effect when they are waited for, not before.
 
-use crate::shared::{Shared, Who};
+use crate::race::Access;
+use crate::shared::Shared;
 use crate::{Fault, memory::Global};
 
 struct Copy {
@@ -27,16 +28,15 @@ impl Copies {
     /// Starts one: `read` bytes from global memory, zeros up to `bytes`. Of none the address may be any.
     pub fn start(
         &mut self,
-        (lane, who): (u32, Who),
+        (lane, now): (u32, &Access),
         (to, from): (u64, u64),
         (bytes, read): (usize, usize),
-        global: &Global,
+        global: &mut Global,
         shared: &mut Shared,
     ) -> Result<(), Fault> {
-        let mut data =
-            if read == 0 { Vec::new() } else { global.read(from, read.min(bytes), false)?.to_vec() };
+        let mut data = if read == 0 { Vec::new() } else { global.read(from, read.min(bytes), now)?.to_vec() };
         data.resize(bytes, 0);
-        shared.reserve(to, bytes, who)?;
+        shared.reserve(to, bytes, now)?;
         self.copies.push(Copy { lane, group: self.committed[lane as usize], to, bytes: data });
         Ok(())
     }
@@ -46,10 +46,10 @@ impl Copies {
     }
 
     /// Completes a lane's groups but for the latest `but`.
-    pub fn wait(&mut self, lane: u32, but: u32, who: Who, shared: &mut Shared) -> Result<(), Fault> {
+    pub fn wait(&mut self, lane: u32, but: u32, now: &Access, shared: &mut Shared) -> Result<(), Fault> {
         let done = self.committed[lane as usize].saturating_sub(but);
         for c in self.copies.iter().filter(|c| c.lane == lane && c.group < done) {
-            shared.write(c.to, c.bytes.len(), who)?.copy_from_slice(&c.bytes);
+            shared.write(c.to, c.bytes.len(), now)?.copy_from_slice(&c.bytes);
         }
         self.copies.retain(|c| c.lane != lane || c.group >= done);
         Ok(())

@@ -1,5 +1,7 @@
 //! What can go wrong: a file that is not understood, or a thread that does what it must not.
 
+use crate::memory::SHIFT;
+
 /// An error of parsing or running.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PtxError {
@@ -95,19 +97,25 @@ pub enum Fault {
     /// A thread that ends without `griddepcontrol.wait` in such a launch: whoever waits for this grid does not wait for those before it.
     #[error("ends without griddepcontrol.wait")]
     NoWait,
-    /// Two threads at one place of shared memory with no barrier in between.
+    /// Two threads at one place, one of which writes, and nothing that orders them: no barrier, or they are of different blocks.
     #[error(
-        "race at shared address {address:#x}: {access} after thread {other}'s {before} without a barrier"
+        "race at {}: {access}, and {before} by thread {other}{} at line {line}, in any order",
+        place(*address),
+        block.map_or(String::new(), |b| format!(" of block {b:?}"))
     )]
     Race {
-        /// Address.
+        /// Address, of global memory from 2^40 on.
         address: u64,
-        /// `write` or `read`.
+        /// `write`, `read` or `atomic`.
         access: &'static str,
+        /// What another did before: the same, or `non-coherent read`, which any write races with.
+        before: &'static str,
+        /// The block of the other, unless it is the same one.
+        block: Option<[u32; 3]>,
         /// The other thread.
         other: u32,
-        /// Its access.
-        before: &'static str,
+        /// Where it did so: line of the text, from 1.
+        line: u32,
     },
     /// A barrier that some threads of the block cannot reach.
     #[error("barrier divergence: {0}")]
@@ -127,4 +135,12 @@ pub enum Fault {
     /// A value that an instruction cannot take.
     #[error("{0}")]
     Value(String),
+}
+
+/// Global memory by allocation: `#3+64` is byte 64 of the third.
+fn place(address: u64) -> String {
+    match address >> SHIFT {
+        0 => format!("shared address {address:#x}"),
+        n => format!("global #{n}+{}", address & ((1 << SHIFT) - 1)),
+    }
 }

@@ -30,14 +30,20 @@
 //! ```
 //!
 //! **What ends a launch with an error** that names kernel, line, block and thread: accesses outside an allocation, misaligned, or of
-//! bytes and registers that nothing wrote; `ld.global.nc` of bytes that the same launch wrote; shared memory that two threads
-//! touch, one of them writing, with no barrier in between; reading the target of a `cp.async` before it was waited for; in launches that
-//! may overlap those before, writes, or reads of what those wrote, ahead of `griddepcontrol.wait`, and threads that never come to it; shuffles
-//! from lanes that do not take part; barriers and `.sync` instructions that not all of their threads can reach; running on without
-//! end. An instruction or modifier it does not know is an error of `parse`, never ignored.
+//! bytes and registers that nothing wrote; `ld.global.nc` of bytes that the same launch writes; shared or global memory that two threads
+//! touch, one of them writing, be it the same value, with nothing that orders them (below); reading the target of a `cp.async` before it
+//! was waited for; in launches that may overlap those before, writes, or reads of what those wrote, ahead of `griddepcontrol.wait`, and
+//! threads that never come to it; shuffles from lanes that do not take part; barriers and `.sync` instructions that not all of their threads
+//! can reach; running on without end. An instruction or modifier it does not know is an error of `parse`, never ignored.
 //!
-//! **What it does not model**: time, caches, races between blocks in global memory, and instructions whose results the ISA leaves open
-//! (`ex2.approx` and the like: refused). `mma` with f32 accumulators is defined here as the exact sum rounded once; GPUs round less
+//! **What orders two threads**: of a block its barriers, of a warp `bar.warp.sync` of all its threads; blocks of a launch nothing. Atomic
+//! operations do not race with each other, with plain accesses they do. That the order in which blocks happened to run was right is no
+//! excuse: whatever order they run in, the same races are found. Fences count for nothing, so the ways in which blocks can wait for
+//! each other (a count of those that are done, a lock, a flag) are reported. To allow one, `race` would have to know that an atomic operation
+//! behind a fence gives on all that its thread may rely on, and that one before a fence takes it over: a clock for each block, which such
+//! pairs join.
+//!
+//! **What it does not model**: time, caches, and instructions whose results the ISA leaves open (`ex2.approx` and the like: refused). `mma` with f32 accumulators is defined here as the exact sum rounded once; GPUs round less
 //! well, and not all alike. Subnormals are kept (no `.ftz`); arithmetic NaNs are `0x7fffffff`, as on the hardware.
 
 mod alu;
@@ -49,6 +55,7 @@ mod lower;
 mod machine;
 mod memory;
 mod op;
+mod race;
 mod shared;
 mod tensor;
 mod text;

@@ -93,7 +93,7 @@ impl Machine {
     /// # Errors
     /// [`PtxError::Host`] outside an allocation, or where nothing was written.
     pub fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, PtxError> {
-        let got = self.global.read(address, bytes, false);
+        let got = self.global.host_read(address, bytes);
         got.map(<[u8]>::to_vec).map_err(|fault| PtxError::Host { address, bytes, fault })
     }
 
@@ -190,16 +190,19 @@ impl Machine {
             global: &mut self.global,
             shared: Shared::new(kernel.shared_bytes + dynamic_shared),
             overlaps,
-            epoch: 1,
+            since: 0,
+            index: 0,
             stats: Stats::default(),
             limit: self.limit.unwrap_or(LIMIT),
         };
+        launch.since = launch.global.phase + 1;
         let mut warps: Vec<Warp> = (0..threads.div_ceil(32) as u32).map(|w| Warp::new(kernel, w)).collect();
         for z in 0..grid[2] {
             for y in 0..grid[1] {
                 for x in 0..grid[0] {
                     launch.at = [x, y, z];
                     run_block(&mut launch, &mut warps, threads as u32)?;
+                    launch.index = launch.index.wrapping_add(1);
                 }
             }
         }
@@ -212,8 +215,8 @@ fn product(v: [u32; 3]) -> u64 {
 }
 
 fn run_block(launch: &mut Launch<'_>, warps: &mut [Warp], threads: u32) -> Result<(), PtxError> {
-    launch.shared.clear();
-    launch.epoch = 1;
+    launch.global.phase += 1;
+    launch.shared.begin(launch.global.phase);
     for (w, warp) in warps.iter_mut().enumerate() {
         warp.begin((threads - 32 * w as u32).min(32), launch.overlaps);
     }
@@ -240,7 +243,7 @@ fn run_block(launch: &mut Launch<'_>, warps: &mut [Warp], threads: u32) -> Resul
         if barrier.is_none() {
             return Ok(());
         }
-        launch.epoch += 1;
+        launch.global.phase += 1;
         warps.iter_mut().for_each(Warp::pass_barrier);
     }
 }

@@ -2,15 +2,18 @@
 //! Knows bytes; nothing of threads or instructions.
 
 use crate::Fault;
+use crate::race::{Access, Kind, Shadow};
 
 /// Allocation n begins at `(n + 1) << SHIFT`.
-const SHIFT: u32 = 40;
+pub const SHIFT: u32 = 40;
 
 #[derive(Clone)]
 struct Allocation {
     bytes: Vec<u8>,
     /// 0: never written; [`BEFORE`]: before any launch that may still run; a launch's stamp: by it.
     written: Vec<u8>,
+    /// Who touched each byte in the launch that runs.
+    shadow: Shadow,
 }
 
 const BEFORE: u8 = 1;
@@ -23,11 +26,17 @@ pub struct Global {
     /// Stamp of the first launch that may still run when the last began, and the kernels from that one on.
     first: u8,
     kernels: Vec<String>,
+    /// Grows with every block that begins and every barrier of a block.
+    pub phase: u32,
 }
 
 impl Global {
     pub fn alloc(&mut self, bytes: usize) -> u64 {
-        self.allocations.push(Some(Allocation { bytes: vec![0; bytes], written: vec![0; bytes] }));
+        self.allocations.push(Some(Allocation {
+            bytes: vec![0; bytes],
+            written: vec![0; bytes],
+            shadow: Shadow::default(),
+        }));
         (self.allocations.len() as u64) << SHIFT
     }
 
@@ -65,6 +74,11 @@ impl Global {
             self.kernels.clear();
         }
         self.kernels.push(kernel.to_owned());
+        // No launch has as many phases as are left here: each takes an instruction.
+        if self.phase > u32::MAX / 2 {
+            self.phase = 0;
+            self.allocations.iter_mut().flatten().for_each(|a| a.shadow = Shadow::default());
+        }
     }
 
     /// Takes what lies in an allocation for written by this launch.
@@ -97,32 +111,53 @@ impl Global {
         }
     }
 
-    /// Bytes a thread (or the host) reads; with `constant`, none may be of this launch or one that may run beside it.
+    /// Bytes a thread reads; by the read-only path, none may be of this launch or one that may run beside it.
     #[inline]
-    pub fn read(&self, address: u64, bytes: usize, constant: bool) -> Result<&[u8], Fault> {
-        let (i, at) = self.find(address, bytes)?;
-        let a = self.allocations[i].as_ref().expect("found");
-        let written = &a.written[at..at + bytes];
-        if let Some(k) = written.iter().position(|w| *w == 0) {
-            return Err(Fault::Uninitialised { space: "global", address: address + k as u64 });
-        }
-        if constant && self.stamp > BEFORE && written.iter().any(|w| *w >= self.first) {
-            return Err(Fault::NotReadOnly(address));
-        }
-        Ok(&a.bytes[at..at + bytes])
+    pub fn read(&mut self, address: u64, bytes: usize, now: &Access) -> Result<&[u8], Fault> {
+        self.touch(Kind::Read, address, bytes, now).map(|b| &*b)
     }
 
     /// Bytes a thread is about to write.
     #[inline]
-    pub fn write(&mut self, address: u64, bytes: usize) -> Result<&mut [u8], Fault> {
+    pub fn write(&mut self, address: u64, bytes: usize, now: &Access) -> Result<&mut [u8], Fault> {
+        self.touch(Kind::Write, address, bytes, now)
+    }
+
+    /// Bytes for an atomic operation.
+    pub fn atomic(&mut self, address: u64, bytes: usize, now: &Access) -> Result<&mut [u8], Fault> {
+        self.touch(Kind::Atomic, address, bytes, now)
+    }
+
+    #[inline]
+    fn touch(&mut self, kind: Kind, address: u64, bytes: usize, now: &Access) -> Result<&mut [u8], Fault> {
         let (i, at) = self.find(address, bytes)?;
-        let stamp = self.stamp;
         let a = self.allocations[i].as_mut().expect("found");
-        a.written[at..at + bytes].fill(stamp);
+        let written = &mut a.written[at..at + bytes];
+        if kind != Kind::Write {
+            if let Some(k) = written.iter().position(|w| *w == 0) {
+                return Err(Fault::Uninitialised { space: "global", address: address + k as u64 });
+            }
+            if now.who.constant && written.iter().any(|w| *w >= self.first) {
+                return Err(Fault::NotReadOnly(address));
+            }
+        }
+        if kind != Kind::Read {
+            written.fill(self.stamp);
+        }
+        a.shadow.touch(kind, at, bytes, now, address)?;
         Ok(&mut a.bytes[at..at + bytes])
     }
 
-    /// The same for the host.
+    /// Bytes the host reads.
+    pub fn host_read(&self, address: u64, bytes: usize) -> Result<&[u8], Fault> {
+        let (data, written) = self.raw(address, bytes)?;
+        match written.iter().position(|w| *w == 0) {
+            Some(k) => Err(Fault::Uninitialised { space: "global", address: address + k as u64 }),
+            None => Ok(data),
+        }
+    }
+
+    /// Bytes the host writes.
     pub fn host_write(&mut self, address: u64, from: &[u8]) -> Result<(), Fault> {
         let (i, at) = self.find(address, from.len())?;
         let a = self.allocations[i].as_mut().expect("found");

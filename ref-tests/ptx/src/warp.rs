@@ -8,7 +8,8 @@ use crate::lower::Kernel;
 use crate::machine::Stats;
 use crate::memory::Global;
 use crate::op::{Special, Src};
-use crate::shared::{Shared, Who};
+use crate::race::{Access, Who};
+use crate::shared::Shared;
 use crate::tensor::Lanes;
 use crate::{Fault, PtxError};
 
@@ -24,8 +25,10 @@ pub struct Launch<'a> {
     pub shared: Shared,
     /// Launches before it may still run.
     pub overlaps: bool,
-    /// Barriers passed.
-    pub epoch: u32,
+    /// Its first phase.
+    pub since: u32,
+    /// The block's number, x fastest.
+    pub index: u32,
     pub stats: Stats,
     pub limit: u64,
 }
@@ -84,7 +87,10 @@ pub struct Warp {
     alive: u32,
     /// Lanes that have waited for the launches before, where these may still run.
     waited: u32,
-    epoch: u32,
+    /// Grows whenever `bar.warp.sync` orders all that are left.
+    phase: u32,
+    /// Of the instruction that runs.
+    line: u32,
     copies: Copies,
 }
 
@@ -115,7 +121,8 @@ impl Warp {
             groups: Vec::new(),
             alive: 0,
             waited: 0,
-            epoch: 0,
+            phase: 0,
+            line: 0,
             copies: Copies::default(),
         }
     }
@@ -127,7 +134,7 @@ impl Warp {
         self.alive = u32::MAX >> (32 - threads);
         self.waited = if overlaps { 0 } else { u32::MAX };
         self.groups = vec![Group { pc: 0, lanes: self.alive, wait: Wait::No }];
-        self.epoch = 0;
+        self.phase = 0;
         self.copies.clear();
     }
 
@@ -224,7 +231,8 @@ impl Warp {
                 Flow::Next
             } else {
                 let index = self.index;
-                self.execute(launch, &i.op, mask, pc)
+                self.line = i.line;
+                self.execute(launch, &i.op, mask)
                     .map_err(|(lane, fault)| launch.error(pc, 32 * index + lane, fault))?
             };
             match flow {
@@ -253,8 +261,18 @@ impl Warp {
         }
     }
 
-    fn who(&self, launch: &Launch<'_>, lane: usize) -> Who {
-        Who { thread: 32 * self.index + lane as u32, epoch: launch.epoch, warp_epoch: self.epoch }
+    /// An access by a lane to memory that others may touch.
+    #[inline]
+    fn access(&self, launch: &Launch<'_>, lane: usize) -> Access {
+        let who = Who {
+            phase: launch.global.phase,
+            warp_phase: self.phase,
+            block: launch.index,
+            thread: (32 * self.index + lane as u32) as u16,
+            constant: false,
+            line: self.line,
+        };
+        Access { who, since: launch.since, grid: launch.grid }
     }
 
     /// A source's value in every lane of the mask.

@@ -8,13 +8,7 @@ use crate::op::{LOCAL_WINDOW, Op, Place, SHARED_WINDOW, Shuffle, Space, Src, Vot
 use crate::tensor;
 
 impl Warp {
-    pub(super) fn execute(
-        &mut self,
-        launch: &mut Launch<'_>,
-        op: &Op,
-        mask: u32,
-        pc: u32,
-    ) -> Result<Flow, Failed> {
+    pub(super) fn execute(&mut self, launch: &mut Launch<'_>, op: &Op, mask: u32) -> Result<Flow, Failed> {
         match op {
             Op::Function { f, d, keep, src } => {
                 let mut out = [0; 32];
@@ -79,15 +73,14 @@ impl Warp {
                 let size = usize::from(*bytes);
                 let mut old = [0; 32];
                 for l in lanes(mask) {
-                    let who = self.who(launch, l);
+                    let now = self.access(launch, l);
                     let (space, address) = addresses[l];
                     aligned(space, address, size).map_err(|e| (l as u32, e))?;
                     let memory = match space {
-                        Space::Shared => launch.shared.atomic(address, size, who),
+                        Space::Shared => launch.shared.atomic(address, size, &now),
                         Space::Global => self
                             .may_write(l, address)
-                            .and_then(|()| launch.global.read(address, size, false).map(|_| ()))
-                            .and_then(|()| launch.global.write(address, size)),
+                            .and_then(|()| launch.global.atomic(address, size, &now)),
                         _ => Err(Fault::Value("atomic on local or parameter memory".into())),
                     };
                     let memory = memory.map_err(|e| (l as u32, e))?;
@@ -115,7 +108,8 @@ impl Warp {
                 if let Some(wait) = self.together(launch, *members, mask)? {
                     return Ok(Flow::Wait(wait));
                 }
-                self.epoch += 1;
+                // One of some of them orders these alone, and is taken for nothing.
+                self.phase += u32::from(mask == self.alive);
             }
             Op::Shuffle { mode, d, p, a, b, c, mask: members } => {
                 if let Some(wait) = self.together(launch, *members, mask)? {
@@ -156,7 +150,7 @@ impl Warp {
                 let size = usize::from(*bytes);
                 let read = self.get(launch, fill.unwrap_or(Src::Imm(size as u64)), mask)?;
                 for l in lanes(mask) {
-                    let who = self.who(launch, l);
+                    let now = self.access(launch, l);
                     let failed = |e| (l as u32, e);
                     aligned(Space::Shared, to[l].1, size).map_err(failed)?;
                     aligned(Space::Global, from[l].1, size).map_err(failed)?;
@@ -164,7 +158,7 @@ impl Warp {
                     self.may_read(launch, l, from[l].1, sizes.1.min(size)).map_err(failed)?;
                     let places = (to[l].1, from[l].1);
                     self.copies
-                        .start((l as u32, who), places, sizes, launch.global, &mut launch.shared)
+                        .start((l as u32, &now), places, sizes, launch.global, &mut launch.shared)
                         .map_err(failed)?;
                     launch.stats.loaded += read[l];
                 }
@@ -172,13 +166,13 @@ impl Warp {
             Op::CopyCommit => lanes(mask).for_each(|l| self.copies.commit(l as u32)),
             Op::CopyWait(but) => {
                 for l in lanes(mask) {
-                    let who = self.who(launch, l);
+                    let now = self.access(launch, l);
                     let all = *but == u32::MAX;
                     if all {
                         self.copies.commit(l as u32);
                     }
                     let but = if all { 0 } else { *but };
-                    self.copies.wait(l as u32, but, who, &mut launch.shared).map_err(|e| (l as u32, e))?;
+                    self.copies.wait(l as u32, but, &now, &mut launch.shared).map_err(|e| (l as u32, e))?;
                 }
             }
             Op::LoadMatrix { at, transpose, d } => {
@@ -191,9 +185,9 @@ impl Warp {
                     for (r, row) in rows.iter_mut().enumerate() {
                         let l = 8 * i + r;
                         let address = addresses[l].1;
-                        let who = self.who(launch, l);
+                        let now = self.access(launch, l);
                         let got = aligned(Space::Shared, address, 16)
-                            .and_then(|()| launch.shared.read(address, 16, who));
+                            .and_then(|()| launch.shared.read(address, 16, &now));
                         row.copy_from_slice(got.map_err(|e| (l as u32, e))?);
                     }
                     self.set(*d, mask, 0xffff_ffff, &tensor::spread(&rows, *transpose));
@@ -213,7 +207,6 @@ impl Warp {
             }
             Op::Nothing => {}
         }
-        let _ = pc;
         Ok(Flow::Next)
     }
 
@@ -249,14 +242,15 @@ impl Warp {
             let failed = |e| (l as u32, e);
             let (space, address) = addresses[l];
             aligned(space, address, total).map_err(failed)?;
-            let who = self.who(launch, l);
+            let mut now = self.access(launch, l);
             let data = match space {
                 Space::Global | Space::Generic => {
                     launch.stats.loaded += total as u64;
                     self.may_read(launch, l, address, total).map_err(failed)?;
-                    launch.global.read(address, total, constant).map_err(failed)?
+                    now.who.constant = constant;
+                    launch.global.read(address, total, &now).map_err(failed)?
                 }
-                Space::Shared => launch.shared.read(address, total, who).map_err(failed)?,
+                Space::Shared => launch.shared.read(address, total, &now).map_err(failed)?,
                 Space::Param => {
                     let end = address as usize + total;
                     let outside = Fault::OutOfBounds { space: "parameter", address, bytes: total };
@@ -321,8 +315,8 @@ impl Warp {
         aligned(space, address, data.len()).map_err(failed)?;
         match space {
             Space::Shared => {
-                let who = self.who(launch, lane);
-                launch.shared.write(address, data.len(), who).map_err(failed)?.copy_from_slice(data);
+                let now = self.access(launch, lane);
+                launch.shared.write(address, data.len(), &now).map_err(failed)?.copy_from_slice(data);
             }
             Space::Local => {
                 let at = self.local_place(launch, lane, address, data.len()).map_err(failed)?;
@@ -332,7 +326,8 @@ impl Warp {
             _ => {
                 launch.stats.stored += data.len() as u64;
                 self.may_write(lane, address).map_err(failed)?;
-                launch.global.write(address, data.len()).map_err(failed)?.copy_from_slice(data);
+                let now = self.access(launch, lane);
+                launch.global.write(address, data.len(), &now).map_err(failed)?.copy_from_slice(data);
             }
         }
         Ok(())

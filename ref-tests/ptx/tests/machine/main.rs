@@ -4,6 +4,7 @@ mod cases;
 mod control;
 mod faults;
 mod instructions;
+mod races;
 mod tensor;
 
 pub(crate) use cases::{STORE, kernel, one, run};
