@@ -72,6 +72,9 @@ def deepseek(**changes):
 
 V3 = deepseek(moe_intermediate_size=64, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
               rope_parameters=yarn(40.0, 64, 1.0, beta_fast=32, beta_slow=1))
+HEADS = dict(V3, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+             num_attention_heads=40, num_key_value_heads=40, q_lora_rank=16, kv_lora_rank=32, qk_nope_head_dim=8,
+             v_head_dim=8)
 KIMI = deepseek(num_attention_heads=2, num_key_value_heads=2, n_routed_experts=12, num_experts_per_tok=4, n_group=1,
                 topk_group=1, norm_topk_prob=True, routed_scaling_factor=2.827,
                 rope_parameters=yarn(32.0, 48, 1.0, beta_fast=1, beta_slow=1))
@@ -147,6 +150,9 @@ MODELS = [
           "Kimi K2: one group (no restriction), more experts, fewer heads, YaRN with beta_fast 1; BF16 matrices",
           store="bf16", vocab="bpe:deepseek-v3", tokens=128, seed=11, check_yarn_beta=(1.0, 1.0),
           llama_cpp="does not read rope.scaling.yarn_beta_fast from deepseek2 files and takes 32"),
+    Entry("deepseek2-v3-heads", "DeepseekV3ForCausalLM", "deepseek2", HEADS,
+          "DeepSeek-V3 with 40 heads: more than one block of 16 or 32, and not a whole one of 64; BF16 matrices",
+          store="bf16", vocab="bpe:deepseek-v3", tokens=72, seed=14),
 ]
 
 # Bases of quantised files: every row that a K-quant can cover has a length that is a multiple of 256.

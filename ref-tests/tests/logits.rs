@@ -45,7 +45,7 @@ fn name(dir: &Path) -> String {
 #[test]
 fn full_precision_files_give_hugging_face_logits() {
     let dirs = models("");
-    assert!(dirs.len() >= 13, "fixtures are missing");
+    assert!(dirs.len() >= 14, "fixtures are missing");
     for dir in dirs {
         let d = against_reference(&dir, DType::F32);
         println!("{}: {d:?}", name(&dir));

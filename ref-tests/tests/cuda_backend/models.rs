@@ -4,9 +4,10 @@ use crate::gpu;
 use engine::{Devices, EngineError, LoadOptions, Model, Session, SessionOptions};
 use kernels::Device;
 use quant::DType;
-use ref_tests::gpu::Interpreted;
+use ref_tests::gpu::{Call, Interpreted};
 use ref_tests::{compare, fixture, read_npy, read_tokens};
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
 pub fn load(name: &str, devices: Option<Devices>) -> Arc<Model> {
     let options = LoadOptions { threads: 1, devices, ..Default::default() };
@@ -48,6 +49,7 @@ fn logits_are_hugging_faces() {
         ("deepseek2-v2-lite", 9),
         ("deepseek2-v2-lite-old", 9),
         ("deepseek2-v3", 10),
+        ("deepseek2-v3-heads", 10),
     ] {
         let (_, vocab, reference) = read_npy(&fixture(name).join("logits.npy"));
         let start = std::time::Instant::now();
@@ -91,12 +93,40 @@ fn newer_gpus_compute_mla_on_tensor_cores() {
     for capability in [(8, 9), (9, 0)] {
         let dev = Interpreted::like(capability, 1 << 30).device().expect("the kernels load");
         one_by_one("quantised/q-deepseek2-q4_k_m", DType::F16, &dev);
+        one_by_one("deepseek2-v3-heads", DType::F16, &dev);
         for kv in ["sinks:2+window:6", "h2o:budget=8,positions=compact"] {
             // Prompts round activations to f16 there.
             forgetting("deepseek2-v2-lite", kv, DType::F16, &dev, 1e-5);
         }
         same_in_batches("deepseek2-v3", &dev);
     }
+}
+
+/// 40 heads: prompts of few rows go to blocks of 16 heads, of more to blocks of 32, of many to such of 64; with the same bits, and as near to
+/// Hugging Face's logits as activations in f16 are, which cost more than the f16 cache does on the CPU.
+#[test]
+fn blocks_of_all_sizes_share_heads() {
+    let (name, n) = ("deepseek2-v3-heads", 66);
+    let (_, vocab, reference) = read_npy(&fixture(name).join("logits.npy"));
+    let distance = |got: &[f32]| compare(&reference[..n * vocab], got, vocab);
+    let on = Interpreted::like((9, 0), 1 << 30);
+    let (dev, launched) = (on.device().expect("the kernels load"), Arc::<Mutex<BTreeSet<String>>>::default());
+    let log = launched.clone();
+    on.watch(move |call| {
+        if let Call::Launch(entry) = call {
+            log.lock().expect("a log").insert(entry);
+        }
+    });
+    let mut all = Vec::new();
+    for (batch, entries) in [(n, ["mla_64"].as_slice()), (40, &["mla_16", "mla_32"])] {
+        all.push(logits(name, Some(&dev), n, batch, DType::F16));
+        let launched = std::mem::take(&mut *launched.lock().expect("a log"));
+        assert_eq!(launched.iter().filter(|e| e.starts_with("mla")).collect::<Vec<_>>(), entries);
+    }
+    assert!(all[0].iter().zip(&all[1]).all(|(a, b)| a.to_bits() == b.to_bits()));
+    let (d, cpu) = (distance(&all[0]), distance(&logits(name, None, n, n, DType::F16)));
+    println!("{d:?}, the CPU with such a cache: {cpu:?}");
+    assert!(d.top1 == 1.0 && d.mean_kl <= 5e-6 && d.max_kl <= 2e-5, "{d:?}");
 }
 
 /// Neither the batch nor what was computed before changes a bit.

@@ -75,6 +75,7 @@ fn every_cut_gives_hugging_faces_logits() {
             check(name, &all, &cut(n, m, layers), 3);
         }
     }
+    check("deepseek2-v3-heads", &all, &cut(1, 1, 2), 3);
     // Six kinds of layers: local and global ones on each side.
     for (n, m) in [(0, 8), (0, 5), (1, 6), (5, 6), (6, 8), (8, 8)] {
         check("gemma3", &all, &cut(n, m, 8), 3);
