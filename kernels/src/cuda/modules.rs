@@ -2,7 +2,9 @@
 
 use miniz_oxide::inflate::decompress_to_vec;
 use quant::DType;
-use std::sync::OnceLock;
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::sync::{LazyLock, OnceLock};
 
 /// The committed PTX of a module.
 pub struct Ptx {
@@ -91,13 +93,19 @@ pub fn module(name: &str) -> Option<&'static Ptx> {
     PACKED.iter().position(|m| m.0 == name).map(unpacked)
 }
 
-/// The text of this module for a GPU of compute capability `sm` (75, 80, ...): the newest that it takes.
+/// The text of this module for a GPU of compute capability `sm` (75, 80, ...): the newest that it takes. Asked for at every launch.
 pub fn text_for(name: &str, sm: u32) -> Option<&'static Ptx> {
-    let takes = |i: &usize| {
-        let (module, target) = parts(PACKED[*i].0);
-        module == name && target <= sm
-    };
-    (0..PACKED.len()).filter(takes).max_by_key(|i| parts(PACKED[*i].0).1).map(unpacked)
+    /// The texts of each module, the newest first.
+    static OF: LazyLock<HashMap<&str, Vec<(u32, usize)>>> = LazyLock::new(|| {
+        let mut of = HashMap::<_, Vec<_>>::new();
+        for (i, (name, _)) in PACKED.iter().enumerate() {
+            let (module, target) = parts(name);
+            of.entry(module).or_default().push((target, i));
+        }
+        of.values_mut().for_each(|texts| texts.sort_by_key(|t| Reverse(t.0)));
+        of
+    });
+    OF.get(name)?.iter().find(|t| t.0 <= sm).map(|t| unpacked(t.1))
 }
 
 /// The text that all GPUs take of the module that multiplies weights of `dtype` and looks up their rows.
