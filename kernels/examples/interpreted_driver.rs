@@ -749,6 +749,9 @@ pub extern "system" fn cuGraphLaunch(exec: *mut c_void, stream: *mut c_void) -> 
     if stream != handle(42) || s.lost || asked("lost in a graph") {
         return ILLEGAL_ADDRESS;
     }
+    if idle() {
+        return OK;
+    }
     let Some(nodes) = s.graphs.get(number(exec)).cloned() else { return INVALID_VALUE };
     nodes.into_iter().map(|node| s.later(node)).max().unwrap_or(OK)
 }

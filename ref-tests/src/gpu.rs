@@ -7,6 +7,7 @@ use kernels::cuda::{Arg, CudaBackend, Gpu, GpuError, GpuInfo, GraphId, KernelId,
 use kernels::{Device, KernelError};
 use ptx::Param;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// What is to go wrong.
@@ -91,9 +92,10 @@ struct State {
     lost: bool,
     capability: (u32, u32),
     watcher: Option<Box<dyn FnMut(Call) + Send>>,
-    graphs: Vec<Option<Vec<Kept>>>,
-    /// A graph ran since the host last waited.
-    running: bool,
+    /// Where their bytes begin, and their steps.
+    graphs: Vec<Option<(usize, Vec<Kept>)>>,
+    /// Where the bytes lie of those that ran since the host last waited.
+    running: Vec<Range<usize>>,
     counts: Counts,
 }
 
@@ -147,7 +149,7 @@ impl Interpreted {
             watcher: None,
             capability,
             graphs: Vec::new(),
-            running: false,
+            running: Vec::new(),
             counts: Counts::default(),
         };
         Self(Arc::new(Mutex::new(state)))
@@ -231,7 +233,7 @@ impl State {
 
     fn waited(&mut self) {
         self.counts.waits += 1;
-        self.running = false;
+        self.running.clear();
     }
 
     /// A launch, alone or of a graph.
@@ -272,7 +274,7 @@ impl State {
     }
 
     /// A call on a graph.
-    fn graph(&mut self, id: GraphId) -> Result<&mut Vec<Kept>, GpuError> {
+    fn graph(&mut self, id: GraphId) -> Result<&mut (usize, Vec<Kept>), GpuError> {
         self.grants()?;
         self.graphs.get_mut(id.0).and_then(Option::as_mut).ok_or_else(|| refusal("no such graph"))
     }
@@ -386,7 +388,7 @@ impl Gpu for Interpreted {
         Ok(())
     }
 
-    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+    fn graph(&self, steps: &[Step<'_>], from: usize) -> Result<GraphId, GpuError> {
         let mut s = self.call()?;
         s.grants()?;
         for step in steps {
@@ -402,14 +404,14 @@ impl Gpu for Interpreted {
             Step::Launch { kernel, launch, args } => Kept::Launch(kernel, launch, args.to_vec()),
             Step::Write { at, bytes } => Kept::Write(at, bytes),
         };
-        s.graphs.push(Some(steps.iter().map(kept).collect()));
+        s.graphs.push(Some((from, steps.iter().map(kept).collect())));
         s.counts.graphs += 1;
         Ok(GraphId(s.graphs.len() - 1))
     }
 
     fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {
         let mut s = self.call()?;
-        match s.graph(graph)?.get_mut(i) {
+        match s.graph(graph)?.1.get_mut(i) {
             Some(Kept::Launch(_, l, a)) if l.threads == launch.threads && a.len() == args.len() => {
                 (*l, *a) = (launch, args.to_vec());
             }
@@ -421,11 +423,17 @@ impl Gpu for Interpreted {
 
     fn run(&self, graph: GraphId, bytes: &[u8]) -> Result<(), GpuError> {
         let mut s = self.call()?;
-        let steps = s.graph(graph)?.clone();
+        let (from, steps) = s.graph(graph)?.clone();
         s.launches()?;
         // What a driver could not notice: bytes that change while they are read.
-        assert!(!std::mem::replace(&mut s.running, true), "the host waits between two graphs");
-        assert!(bytes.len() <= STAGED);
+        let place = from..from + bytes.len();
+        let meets = |p: &Range<usize>| p.start.max(place.start) < p.end.min(place.end);
+        assert!(
+            !s.running.iter().any(meets),
+            "the host waits between two graphs whose bytes lie in one place"
+        );
+        assert!(place.end <= STAGED);
+        s.running.push(place);
         s.counts.runs += 1;
         let (mut rest, mut behind) = (bytes, false);
         for step in steps {

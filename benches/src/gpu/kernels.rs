@@ -34,10 +34,17 @@ fn attention_only(calls: Vec<Call>) -> Vec<Call> {
     calls.into_iter().filter(|c| !other(c)).collect()
 }
 
+/// The kernels, each once, and how often.
 fn names(calls: &[Call]) -> String {
-    let mut all: Vec<&str> = calls.iter().map(|c| c.kernel.as_str()).collect();
-    all.dedup();
-    all.join(", ")
+    let mut all: Vec<(&str, usize)> = Vec::new();
+    for c in calls {
+        match all.iter_mut().find(|a| a.0 == c.kernel) {
+            Some(a) => a.1 += 1,
+            None => all.push((&c.kernel, 1)),
+        }
+    }
+    let each = |&(name, n): &(&str, usize)| if n == 1 { name.to_owned() } else { format!("{n} {name}") };
+    all.iter().map(each).collect::<Vec<_>>().join(", ")
 }
 
 fn values(n: usize) -> Vec<f32> {

@@ -134,26 +134,25 @@ impl Run<'_> {
         SessionOptions { ctx, batch, ..SessionOptions::default() }
     }
 
-    /// One token of every sequence, down to its logits.
-    fn token(&mut self, context: &mut Context, seqs: &[SeqId], logits: &mut Vec<f32>) -> Result<()> {
+    /// One token of every sequence, down to the best of its logits, as greedy decoding takes it.
+    fn token(&mut self, context: &mut Context, seqs: &[SeqId], best: &mut Vec<(u32, f32)>) -> Result<()> {
         let ids = self.ids(seqs.len());
         let rows: Vec<Rows<'_>> =
             seqs.iter().zip(ids.chunks(1)).map(|(&seq, tokens)| Rows { seq, tokens, prompt: 0 }).collect();
         context.forward(&rows)?;
-        logits.clear();
+        best.clear();
         let all: Vec<u32> = (0..seqs.len() as u32).collect();
-        context.logits(&all, logits)?;
-        anyhow::ensure!(logits.iter().all(|v| v.is_finite()), "logits are not finite");
+        anyhow::ensure!(context.best(&all, 1, best)?, "the GPU does not look for the best logits");
+        anyhow::ensure!(best.iter().all(|b| b.1.is_finite()), "logits are not finite");
         Ok(())
     }
 
     /// The median of seconds that a token takes (one of each sequence).
     fn seconds(&mut self, context: &mut Context, seqs: &[SeqId]) -> Result<f64> {
-        let mut logits = Vec::new();
-        let mut all = Vec::new();
+        let (mut best, mut all) = (Vec::new(), Vec::new());
         for i in 0..self.sizes.warm + self.sizes.tokens {
             let start = Instant::now();
-            self.token(context, seqs, &mut logits)?;
+            self.token(context, seqs, &mut best)?;
             if i >= self.sizes.warm {
                 all.push(start.elapsed().as_secs_f64());
             }
@@ -191,9 +190,9 @@ impl Run<'_> {
 
     /// Which kernels a token's time goes to: each launch is waited for, so that they add up to more than a token takes.
     fn breakdown(&mut self, context: &mut Context, seqs: &[SeqId], depth: usize, whole: f64) -> Result<()> {
-        let mut logits = Vec::new();
+        let mut best = Vec::new();
         let gpu = self.gpu.clone();
-        let spent = gpu.measure(|| self.token(context, seqs, &mut logits))?;
+        let spent = gpu.measure(|| self.token(context, seqs, &mut best))?;
         let part = format!("{}: one token at {depth}{WAITED}", self.case.name);
         let (launches, total) = spent.values().fold((0, 0.0), |(n, s), v| (n + v.0, s + v.1));
         let note = format!("{launches} launches; {:.0} us where none is waited for", 1e6 * whole);

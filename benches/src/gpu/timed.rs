@@ -209,8 +209,8 @@ impl Gpu for Timed {
         self.0.gpu.synchronize()
     }
 
-    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
-        let id = self.0.gpu.graph(steps)?;
+    fn graph(&self, steps: &[Step<'_>], from: usize) -> Result<GraphId, GpuError> {
+        let id = self.0.gpu.graph(steps, from)?;
         let done = |s: &Step<'_>| match s {
             Step::Launch { kernel, launch, args } => Done::Launch(*kernel, *launch, args.to_vec()),
             Step::Write { at, bytes } => Done::Write(*at, *bytes),

@@ -98,6 +98,14 @@ impl CpuBackend {
     }
 }
 
+/// Row `id` of a table, times `scale`.
+pub(crate) fn embed_row(table: &Weight, id: u32, scale: f32, out: &mut [f32]) {
+    (table.dtype().format().dequantize)(table.row(0, id as usize), out);
+    if scale != 1.0 {
+        out.iter_mut().for_each(|v| *v *= scale);
+    }
+}
+
 impl Backend for CpuBackend {
     fn name(&self) -> String {
         format!("cpu ({}, {} threads)", isa::Isa::current().name(), self.pool.threads())
@@ -176,13 +184,7 @@ impl Backend for CpuBackend {
         scale: f32,
         mut out: ViewMut<'_>,
     ) -> Result<(), KernelError> {
-        let dequantize = table.dtype().format().dequantize;
-        self.each(&mut out, |i, row| {
-            dequantize(table.row(0, ids[i] as usize), row);
-            if scale != 1.0 {
-                row.iter_mut().for_each(|v| *v *= scale);
-            }
-        });
+        self.each(&mut out, |i, row| embed_row(table, ids[i], scale, row));
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use super::operands::{
 };
 use super::scratch::{Area, Scratch, Sizes, best_bytes, tile_bytes};
 use crate::backend::*;
-use crate::cpu::CpuBackend;
+use crate::cpu::{self, CpuBackend};
 use crate::{Buf, KernelError, KvBuf, Limits, Place, Vector, View, ViewMut, Weight};
 use quant::DType;
 use std::ops::Range;
@@ -49,9 +49,29 @@ pub struct CudaBackend {
 
 /// Rows of a decoding pass that goes out as one: beyond, kernels take long enough to hide their launches.
 const HELD_ROWS: usize = 32;
-/// Threads that pack weights at most, and bytes that are worth one.
+/// Threads that make what is sent at most, and bytes that are worth one.
 const PACKERS: usize = 8;
 const PACKED: usize = 256 << 10;
+
+/// Calls `pack` for each of `rows` of `row` values with its number, on several threads; `bytes`: what a row's work goes by.
+fn packed<T: Send>(rows: &mut [T], row: usize, bytes: usize, pack: impl Fn(usize, &mut [T]) + Sync) {
+    let n = rows.len() / row;
+    let packers = std::thread::available_parallelism().map_or(1, Into::into).min(PACKERS);
+    let share = n.div_ceil((n * bytes / PACKED).clamp(1, packers)).max(1);
+    let pack = |first: usize, part: &mut [T]| {
+        part.chunks_exact_mut(row).enumerate().for_each(|(i, to)| pack(first + i, to));
+    };
+    let mut parts = rows.chunks_mut(share * row).enumerate();
+    let here = parts.next();
+    std::thread::scope(|s| {
+        for (t, part) in parts {
+            s.spawn(move || pack(t * share, part));
+        }
+        if let Some((_, part)) = here {
+            pack(0, part);
+        }
+    });
+}
 
 impl CudaBackend {
     /// A backend on `gpu`, called `name` (`cuda:0`).
@@ -67,6 +87,31 @@ impl CudaBackend {
         }
         let scratch = Mutex::new(Scratch::new(gpu.clone()));
         Ok(Self { name, gpu, kernels, scratch, host: CpuBackend::new(1) })
+    }
+
+    /// Rows of a table on the host, made where they are sent from while others are on their way.
+    fn embed_prompt(
+        &self,
+        table: &Weight,
+        ids: &[u32],
+        scale: f32,
+        out: ViewMut<'_>,
+    ) -> Result<(), KernelError> {
+        let to = self.scratch().output(&out)?;
+        let cols = table.cols();
+        // Rows that do not lie behind one another go out one by one.
+        let step = if to.stride == cols { to.rows } else { 1 };
+        for (i, ids) in ids.chunks(step).enumerate() {
+            let mut next = 0;
+            self.gpu.gpu.stream(to.part(i * step..i * step + ids.len()).at, 4 * cols, &mut |piece| {
+                let n = (piece.len() / (4 * cols)).min(ids.len() - next);
+                let rows: &mut [f32] = bytemuck::cast_slice_mut(&mut piece[..4 * n * cols]);
+                packed(rows, cols, 4 * cols, |i, to| cpu::embed_row(table, ids[next + i], scale, to));
+                next += n;
+                4 * n * cols
+            })?;
+        }
+        Ok(())
     }
 
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
@@ -306,34 +351,17 @@ impl Backend for CudaBackend {
         self.kernels.load(self.kernels.of("matvec", host.dtype())?)?;
         let row = layout::row_bytes(host.dtype(), host.cols());
         let memory = self.memory(weight_bytes(&host), "weights")?;
-        let (each, bytes, total, mut next) = (host.rows(), host.row_bytes(), host.count() * host.rows(), 0);
+        let (each, bytes, total) = (host.rows(), host.row_bytes(), host.count() * host.rows());
         let mut powers = vec![0.0; if layout::has_power(host.dtype()) { total } else { 0 }];
         let source = |i: usize| &host.matrix(i / each)[i % each * bytes..][..bytes];
-        let packers = std::thread::available_parallelism().map_or(1, Into::into).min(PACKERS);
+        let mut next = 0;
         self.gpu.gpu.stream(memory.at(), row, &mut |piece| {
             let n = (piece.len() / row).min(total - next);
-            let threads = (n * row / PACKED).clamp(1, packers);
-            let pack = |first: usize, to: &mut [u8], powers: &mut [f32]| {
-                for (i, to) in to.chunks_exact_mut(row).enumerate() {
-                    layout::pack_row(host.dtype(), source(first + i), to);
-                }
-                for (i, power) in powers.iter_mut().enumerate() {
-                    *power = layout::power(host.dtype(), source(first + i));
-                }
-            };
-            let share = n.div_ceil(threads).max(1);
-            let mut left = powers.get_mut(next..next + n).unwrap_or_default().chunks_mut(share);
-            let powers = std::iter::from_fn(|| Some(left.next().unwrap_or_default()));
-            let mut parts = piece[..n * row].chunks_mut(share * row).zip(powers).enumerate();
-            let here = parts.next();
-            std::thread::scope(|s| {
-                for (t, (part, powers)) in parts {
-                    s.spawn(move || pack(next + t * share, part, powers));
-                }
-                if let Some((_, (part, powers))) = here {
-                    pack(next, part, powers);
-                }
-            });
+            let pack = |i: usize, to: &mut [u8]| layout::pack_row(host.dtype(), source(next + i), to);
+            packed(&mut piece[..n * row], row, row, pack);
+            if let Some(powers) = powers.get_mut(next..next + n) {
+                packed(powers, 1, row, |i, p| p[0] = layout::power(host.dtype(), source(next + i)));
+            }
             next += n;
             n * row
         })?;
@@ -393,6 +421,9 @@ impl Backend for CudaBackend {
 
     /// The table may lie on the host: a pass reads a few of its rows.
     fn embed(&self, table: &Weight, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<(), KernelError> {
+        if table.place() == Place::HOST && ids.len() > HELD_ROWS {
+            return self.embed_prompt(table, ids, scale, out);
+        }
         if table.place() == Place::HOST {
             let mut rows = vec![0.0; ids.len() * table.cols()];
             self.host.embed(table, ids, scale, ViewMut::from_host(&mut rows, table.cols()))?;

@@ -498,8 +498,8 @@ impl Gpu for Driver {
         self.stream_pieces(at, least, fill)
     }
 
-    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
-        self.make_graph(steps)
+    fn graph(&self, steps: &[Step<'_>], from: usize) -> Result<GraphId, GpuError> {
+        self.make_graph(steps, from)
     }
 
     fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError> {

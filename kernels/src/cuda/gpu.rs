@@ -154,7 +154,7 @@ pub enum Step<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GraphId(pub usize);
 
-/// Bytes that the writes of one graph have room for.
+/// Bytes that the writes of graphs have room for.
 pub const STAGED: usize = 1 << 20;
 
 /// Bytes of weights that are sent at a time.
@@ -198,8 +198,8 @@ pub trait Gpu: Send + Sync {
     fn zero(&self, at: u64, bytes: usize) -> Result<(), GpuError>;
     /// Copies from the host; `bytes` may be changed when it returns.
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError>;
-    /// Copies to `at` and behind what `fill` makes, piece by piece, until it says that it made nothing; pieces have room for `least` bytes. A
-    /// GPU may copy one while the next is made.
+    /// Copies to `at` and behind what `fill` makes, piece by piece, until it says that it made nothing; pieces have room for `least` bytes and
+    /// begin at a multiple of eight. A GPU may copy one while the next is made.
     fn stream(
         &self,
         at: u64,
@@ -218,13 +218,13 @@ pub trait Gpu: Send + Sync {
     fn launch(&self, kernel: KernelId, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
     /// Waits for everything, and reports what went wrong meanwhile.
     fn synchronize(&self) -> Result<(), GpuError>;
-    /// A graph of `steps`, each after the one before (but see [`Launch::overlaps`]), that the GPU runs at one call. Its writes have at
-    /// most [`STAGED`] bytes. A GPU that knows no graphs refuses, and launches one by one do the same.
-    fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError>;
+    /// A graph of `steps`, each after the one before (but see [`Launch::overlaps`]), that the GPU runs at one call. The bytes of its writes
+    /// wait from byte `from` of [`STAGED`] on. A GPU that knows no graphs refuses, and launches one by one do the same.
+    fn graph(&self, steps: &[Step<'_>], from: usize) -> Result<GraphId, GpuError>;
     /// Another grid and other arguments for step `i` of a graph, a launch of the same kernel.
     fn change(&self, graph: GraphId, i: usize, launch: Launch, args: &[Arg]) -> Result<(), GpuError>;
     /// Runs a graph, some time. `bytes`: those of its writes, one after the other, which may be changed when it returns. The host must have
-    /// waited since the last run of any graph: all share the memory that their bytes wait in.
+    /// waited since the last run of a graph whose bytes were in the same place.
     fn run(&self, graph: GraphId, bytes: &[u8]) -> Result<(), GpuError>;
     /// Gives a graph up, once it has run.
     fn forget(&self, graph: GraphId) -> Result<(), GpuError>;
@@ -237,9 +237,11 @@ pub(super) fn piece_by_piece<G: Gpu + ?Sized>(
     least: usize,
     fill: &mut dyn FnMut(&mut [u8]) -> usize,
 ) -> Result<(), GpuError> {
-    let mut piece = vec![0; PIECE.max(least)];
+    // Aligned as what is pinned: makers may take it for floats.
+    let mut words = vec![0u64; PIECE.max(least).div_ceil(8)];
+    let piece = bytemuck::cast_slice_mut(&mut words);
     loop {
-        let n = fill(&mut piece);
+        let n = fill(piece);
         if n == 0 {
             return Ok(());
         }

@@ -137,7 +137,10 @@ pub struct Launcher {
 #[derive(Default)]
 struct Loaded {
     modules: Vec<&'static str>,
-    kernels: HashMap<(&'static str, &'static str), KernelId>,
+    /// By module and entry; whether its kernels may overlap.
+    kernels: HashMap<(&'static str, &'static str), (KernelId, bool)>,
+    /// By kind and the types of two caches, or twice one type.
+    texts: HashMap<(&'static str, DType, DType), &'static Ptx>,
 }
 
 impl Launcher {
@@ -161,14 +164,13 @@ impl Launcher {
         Ok(())
     }
 
-    fn kernel(&self, module: &'static Ptx, entry: &'static str) -> Result<KernelId, GpuError> {
-        self.load(module)?;
-        let mut loaded = self.loaded();
-        if let Some(k) = loaded.kernels.get(&(module.name, entry)) {
+    fn kernel(&self, module: &'static Ptx, entry: &'static str) -> Result<(KernelId, bool), GpuError> {
+        if let Some(k) = self.loaded().kernels.get(&(module.name, entry)) {
             return Ok(*k);
         }
-        let k = self.gpu.gpu.kernel(module.name, entry)?;
-        loaded.kernels.insert((module.name, entry), k);
+        self.load(module)?;
+        let k = (self.gpu.gpu.kernel(module.name, entry)?, module.overlaps());
+        self.loaded().kernels.insert((module.name, entry), k);
         Ok(k)
     }
 
@@ -192,13 +194,8 @@ impl Launcher {
             let room = self.shared / 4;
             return refuse(format!("{entry} of {} needs {shared} shared values of {room}", module.name));
         }
-        let kernel = self.kernel(module, entry)?;
-        let launch = Launch {
-            grid: grid.map(|n| n as u32),
-            threads,
-            shared: 4 * shared as u32,
-            overlaps: module.overlaps(),
-        };
+        let (kernel, overlaps) = self.kernel(module, entry)?;
+        let launch = Launch { grid: grid.map(|n| n as u32), threads, shared: 4 * shared as u32, overlaps };
         Ok(self.gpu.gpu.launch(kernel, launch, args)?)
     }
 
@@ -212,9 +209,20 @@ impl Launcher {
     }
 
     /// The text of a kind of kernels for weights or caches of this type.
-    pub(super) fn of(&self, kind: &str, dtype: DType) -> Result<&'static Ptx, KernelError> {
-        let text = self.text(&modules::name_of(kind, dtype));
+    pub(super) fn of(&self, kind: &'static str, dtype: DType) -> Result<&'static Ptx, KernelError> {
+        let text = self.of_types(kind, dtype, dtype);
         text.map_or_else(|| refuse(format!("no {kind} kernels for {dtype}")), Ok)
+    }
+
+    /// Names are not put together for every launch.
+    fn of_types(&self, kind: &'static str, first: DType, second: DType) -> Option<&'static Ptx> {
+        let key = (kind, first, second);
+        if let Some(text) = self.loaded().texts.get(&key) {
+            return Some(text);
+        }
+        let text = self.text(&modules::name_of_pair(kind, first, second))?;
+        self.loaded().texts.insert(key, text);
+        Some(text)
     }
 
     /// Calls `f` for runs of at most as many rows as a grid has along y.
@@ -676,14 +684,19 @@ impl Launcher {
     }
 
     /// The module of a kind for a layer's two caches.
-    pub(super) fn pair(&self, kind: &str, first: Cache, second: Cache) -> Result<&'static Ptx, KernelError> {
+    pub(super) fn pair(
+        &self,
+        kind: &'static str,
+        first: Cache,
+        second: Cache,
+    ) -> Result<&'static Ptx, KernelError> {
         let (a, b) = (first.dtype, second.dtype);
         let none = || {
             refuse(format!(
                 "no {kind} kernels for caches of {a} and {b}: use one type, or two of f16, q8_0, q4_0"
             ))
         };
-        self.text(&modules::name_of_pair(kind, a, b)).map_or_else(none, Ok)
+        self.of_types(kind, a, b).map_or_else(none, Ok)
     }
 
     /// Stores row i of each x in slot `slots[i]` of its cache; slots differ. One launch where both caches are of one type.

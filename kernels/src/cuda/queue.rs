@@ -1,9 +1,10 @@
-//! Between the backend and a GPU. In a pass that decodes, launches and small writes are held back until the host needs a result; then they
-//! go out together, as one graph where the same steps went out before: what changed since is told, and one call runs it all. Elsewhere every
-//! call goes out at once. Knows steps and bytes; nothing of what is computed.
+//! Between the backend and a GPU. In a pass that decodes, launches and small writes are held back and go out together, as a graph where the
+//! same steps went out before: what changed since is told, and one call runs it all. A long pass goes out in a few pieces, so that the GPU
+//! begins while the host is still at the rest. Elsewhere every call goes out at once. Knows steps and bytes; nothing of what is computed.
 
 use super::gpu::{Arg, Gpu, GpuError, GpuInfo, GraphId, KernelId, Launch, STAGED, Step};
 use super::modules::Ptx;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
 /// Kinds of passes that are remembered, and the steps that they may have in all; those that were used longest ago go first.
@@ -11,8 +12,27 @@ const KINDS: usize = 128;
 const STEPS: usize = 1 << 16;
 /// Fewer steps are not worth a graph.
 const LEAST: usize = 8;
-/// More are not held back.
-const MOST: usize = 16_384;
+/// Steps of a pass's first piece; the GPU takes longer for it than the host for the next, which is so many times as long.
+const FIRST: usize = 64;
+const GROWTH: usize = 4;
+/// Pieces whose bytes wait in places of their own; those of all but the first have little room.
+const PIECES: usize = 8;
+const LATER: usize = 32 << 10;
+
+/// Steps that piece `i` of a pass has at most.
+const fn most(i: usize) -> usize {
+    let i = if i < PIECES { i } else { PIECES - 1 };
+    FIRST * GROWTH.pow(i as u32)
+}
+
+/// Where its bytes wait.
+fn place(i: usize) -> Range<usize> {
+    let first = STAGED - (PIECES - 1) * LATER;
+    match i.min(PIECES - 1) {
+        0 => 0..first,
+        i => first + (i - 1) * LATER..first + i * LATER,
+    }
+}
 
 /// See the module.
 pub(crate) struct Queue {
@@ -25,14 +45,16 @@ struct State {
     /// Calls are held back.
     holds: bool,
     held: Tape,
+    /// Pieces of this pass that went out.
+    piece: usize,
     kinds: Vec<Kind>,
     clock: u64,
     /// The GPU refused a graph of launches that overlap: none do from then on.
     apart: bool,
     /// It refused one of others: it is not asked again.
     plain: bool,
-    /// A graph may still read its bytes.
-    runs: bool,
+    /// Of which pieces a graph may still read its bytes.
+    runs: [bool; PIECES],
     /// Why something that was held back did not go out. Its caller was told that it would: nothing may be built on this GPU's memory.
     failed: Option<GpuError>,
 }
@@ -56,6 +78,8 @@ enum Held {
 struct Kind {
     /// The last of them: what the graph was told.
     last: Tape,
+    /// Where its bytes wait.
+    place: Range<usize>,
     graph: Option<GraphId>,
     used: u64,
 }
@@ -121,10 +145,11 @@ impl State {
     fn flush(&mut self, gpu: &dyn Gpu) -> Result<(), GpuError> {
         let mut held = std::mem::take(&mut self.held);
         if !held.steps.is_empty()
-            && let Err(e) = self.issue(gpu, &held)
+            && let Err(e) = self.issue(gpu, &mut held)
         {
             self.failed = Some(e);
         }
+        self.piece += usize::from(!held.steps.is_empty());
         held.clear();
         self.held = held;
         self.sound()
@@ -134,7 +159,7 @@ impl State {
         self.failed.clone().map_or(Ok(()), Err)
     }
 
-    fn issue(&mut self, gpu: &dyn Gpu, held: &Tape) -> Result<(), GpuError> {
+    fn issue(&mut self, gpu: &dyn Gpu, held: &mut Tape) -> Result<(), GpuError> {
         if !self.plain && held.steps.len() >= LEAST {
             match self.as_graph(gpu, held) {
                 Ok(true) => return Ok(()),
@@ -158,26 +183,28 @@ impl State {
         }
     }
 
-    /// Runs the steps as a graph, from the second time they come. False: they are to go out one by one.
-    fn as_graph(&mut self, gpu: &dyn Gpu, held: &Tape) -> Result<bool, GpuError> {
+    /// Runs the steps as a graph, from the second time they come, and keeps them. False: they are to go out one by one.
+    fn as_graph(&mut self, gpu: &dyn Gpu, held: &mut Tape) -> Result<bool, GpuError> {
         self.clock += 1;
         // Several layers may ask for the same steps with other weights: a graph is worth it where most of it stays.
-        let alike = self.kinds.iter().enumerate().filter(|(_, k)| k.last.like(held));
+        let place = place(self.piece);
+        let alike = self.kinds.iter().enumerate().filter(|(_, k)| k.place == place && k.last.like(held));
         let nearest = alike.map(|(i, k)| (i, k.last.changes(held))).min_by_key(|c| c.1);
         let nearest = nearest.filter(|c| 2 * c.1 <= held.steps.len());
-        let Some((i, _)) = nearest else {
+        let Some((i, changes)) = nearest else {
             let steps = |kinds: &[Kind]| kinds.iter().map(|k| k.last.steps.len()).sum::<usize>();
             while self.kinds.len() == KINDS || steps(&self.kinds) > STEPS {
                 let oldest = (0..self.kinds.len()).min_by_key(|i| self.kinds[*i].used).unwrap_or(0);
                 self.kinds.swap_remove(oldest).graph.map_or(Ok(()), |g| gpu.forget(g))?;
             }
-            self.kinds.push(Kind { last: held.clone(), graph: None, used: self.clock });
+            self.kinds.push(Kind { last: held.clone(), place, graph: None, used: self.clock });
             return Ok(false);
         };
         let kind = &mut self.kinds[i];
         kind.used = self.clock;
         let graph = match kind.graph {
-            None => gpu.graph(&held.each().map(|s| s.0).collect::<Vec<_>>())?,
+            None => gpu.graph(&held.each().map(|s| s.0).collect::<Vec<_>>(), place.start)?,
+            Some(g) if changes == 0 => g,
             Some(g) => {
                 for (i, ((now, _), (last, _))) in held.each().zip(kind.last.each()).enumerate() {
                     match now {
@@ -189,11 +216,12 @@ impl State {
             }
         };
         kind.graph = Some(graph);
-        kind.last.clone_from(held);
-        if std::mem::replace(&mut self.runs, true) {
+        let runs = &mut self.runs[self.piece.min(PIECES - 1)];
+        if !held.bytes.is_empty() && std::mem::replace(runs, true) {
             gpu.synchronize()?;
         }
         gpu.run(graph, &held.bytes)?;
+        std::mem::swap(&mut kind.last, held);
         Ok(true)
     }
 }
@@ -220,6 +248,7 @@ impl Queue {
         let mut s = self.state();
         // Whoever asks next is told.
         let _ = s.flush(&*self.gpu);
+        s.piece = 0;
         s.holds = hold && !s.plain;
     }
 
@@ -250,10 +279,10 @@ impl Queue {
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), GpuError> {
         let mut s = self.state();
         s.sound()?;
-        if s.held.bytes.len() + bytes.len() > STAGED {
+        if s.held.bytes.len() + bytes.len() > place(s.piece).len() {
             s.flush(&*self.gpu)?;
         }
-        if !s.holds || bytes.len() > STAGED {
+        if !s.holds || bytes.len() > place(s.piece).len() {
             return self.gpu.write(at, bytes);
         }
         s.held.bytes.extend_from_slice(bytes);
@@ -276,7 +305,9 @@ impl Queue {
         let mut s = self.flushed()?;
         self.gpu.read(at, bytes)?;
         // Reading nothing waits for nothing.
-        s.runs &= bytes.is_empty();
+        if !bytes.is_empty() {
+            s.runs = [false; PIECES];
+        }
         Ok(())
     }
 
@@ -304,7 +335,7 @@ impl Queue {
 impl State {
     fn hold(&mut self, gpu: &dyn Gpu, step: Held) -> Result<(), GpuError> {
         self.held.steps.push(step);
-        if self.held.steps.len() < MOST { Ok(()) } else { self.flush(gpu) }
+        if self.held.steps.len() < most(self.piece) { Ok(()) } else { self.flush(gpu) }
     }
 }
 
@@ -370,14 +401,16 @@ mod tests {
         fn synchronize(&self) -> Result<(), GpuError> {
             self.note("wait".into())
         }
-        fn graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+        fn graph(&self, steps: &[Step<'_>], from: usize) -> Result<GraphId, GpuError> {
             let overlaps = |s: &Step<'_>| matches!(s, Step::Launch { launch, .. } if launch.overlaps);
             if self.0.lock().unwrap().apart && steps.iter().any(overlaps) {
                 return Err(GpuError::Driver { call: "test", why: "as asked".into() });
             }
             self.0.lock().unwrap().graphs += 1;
-            self.note(format!("graph of {}", steps.len()))?;
-            Ok(GraphId(steps.len()))
+            self.note(format!("graph of {} from {from}", steps.len()))?;
+            let kernel =
+                |s: &Step<'_>| if let Step::Launch { kernel, .. } = s { Some(kernel.0) } else { None };
+            Ok(GraphId(1000 * steps.iter().find_map(kernel).unwrap_or(0) + steps.len()))
         }
         fn change(&self, g: GraphId, i: usize, _: Launch, args: &[Arg]) -> Result<(), GpuError> {
             self.note(format!("change {} {i} {args:?}", g.0))
@@ -418,7 +451,7 @@ mod tests {
         let first = calls(&log);
         assert_eq!((first.len(), &*first[0], &*first[1]), (11, "write 8 2", "launch 0 [U64(1), U32(0)]"));
         pass(&q, 9, 2, 1, false).unwrap();
-        assert_eq!(calls(&log), ["graph of 10", "run 10 [2, 7]", "read 9"]);
+        assert_eq!(calls(&log), ["graph of 10 from 0", "run 10 [2, 7]", "read 9"]);
         // Another length of lists changes one launch; a graph that may still read its bytes is waited for.
         pass(&q, 9, 3, 5, true).unwrap();
         assert_eq!(calls(&log), [""; 0]);
@@ -442,12 +475,31 @@ mod tests {
         q.free(4).unwrap();
         let want = ["write 8 2", "launch 0 [U64(1), U32(0)]", "write 7 1048577", "write 7 1", "free 4"];
         assert_eq!(calls(&log), want);
-        q.begin(true);
-        for i in 0..MOST {
-            assert!(calls(&log).is_empty(), "{i}");
-            q.launch(KernelId(0), ONE, &[]).unwrap();
-        }
-        assert_eq!(calls(&log).len(), MOST);
+    }
+
+    /// A long pass goes out piece by piece, none of which waits for another.
+    #[test]
+    fn pieces_grow() {
+        let (q, log) = queue();
+        let n = most(0) + most(1) + 20;
+        let pass = |byte: u8| {
+            pass(&q, n - 2, byte, 1, true).unwrap();
+            let before = calls(&log);
+            q.write(6, &[byte]).unwrap();
+            q.read(9, &mut [0]).unwrap();
+            [before, calls(&log)]
+        };
+        let [first, rest] = pass(1);
+        assert_eq!((first.len(), rest.len()), (most(0) + most(1), 21));
+        pass(2);
+        let [first, rest] = pass(3);
+        // Their numbers: the first kernel, and how many steps.
+        assert_eq!(first, ["run 64 [3, 7]", "run 63256 []"]);
+        assert_eq!(rest, ["run 319020 [3]", "read 9"]);
+        // Bytes of pieces wait in places of their own.
+        assert_eq!((place(0).start, place(1).start, place(2).len()), (0, place(0).end, LATER));
+        assert_eq!(place(PIECES - 1), place(PIECES + 1));
+        assert_eq!(place(PIECES).end, STAGED);
     }
 
     /// Layers that ask for the same steps with other weights have graphs of their own.
@@ -471,13 +523,18 @@ mod tests {
     #[test]
     fn graphs_are_bounded() {
         let (q, log) = queue();
-        for n in LEAST..LEAST + KINDS + 9 {
-            (0..3).for_each(|_| pass(&q, n, 1, 1, false).unwrap());
+        let pass = |kernel: usize| {
+            q.begin(true);
+            (0..9).for_each(|_| q.launch(KernelId(kernel), ONE, &[]).unwrap());
+            q.read(9, &mut [0]).unwrap();
+        };
+        for kernel in 0..KINDS + 9 {
+            (0..3).for_each(|_| pass(kernel));
         }
         assert_eq!(log.lock().unwrap().graphs, KINDS);
         calls(&log);
-        pass(&q, LEAST, 1, 1, false).unwrap();
-        assert_eq!(calls(&log)[0], format!("forget {}", LEAST + 10), "the one used longest ago");
+        pass(0);
+        assert_eq!(calls(&log)[0], "forget 9009", "the one used longest ago");
     }
 
     /// A GPU that refuses a graph of launches that overlap is asked for graphs of others.

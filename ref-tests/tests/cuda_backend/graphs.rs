@@ -44,8 +44,13 @@ fn decode_on(
     (logits, counts, on)
 }
 
+/// Graphs of a pass of so many steps: the first has 64, each further one four times as many as that before.
+fn pieces(steps: usize) -> usize {
+    [64, 320, 1344].iter().filter(|before| steps > **before).count() + 1
+}
+
 #[test]
-fn a_token_is_one_graph_and_one_wait() {
+fn a_token_is_few_graphs_and_one_wait() {
     for (name, kv) in [
         ("llama3", "full"),
         ("gemma3", "sinks:2+window:6"),
@@ -56,16 +61,20 @@ fn a_token_is_one_graph_and_one_wait() {
         let o = SessionOptions { kv: kv.parse().expect("a policy"), ..options(24, 8, DType::F16) };
         let (logits, counts, on) = decode(name, &o, 3, 8, None);
         let first = counts[0];
-        println!("{name}, {kv}: {} launches and {} writes a token", first.launches, first.writes);
+        let pieces = pieces(first.launches + first.writes);
+        println!(
+            "{name}, {kv}: {} launches and {} writes a token, {pieces} graphs",
+            first.launches, first.writes
+        );
         assert!(counts.iter().all(|c| c.waits == 1), "{name}: {counts:?}");
         // What is new goes out as it comes: the first token, and where the ring turns what rows see is another number of spans.
         let plain = counts.iter().filter(|c| c.launches > 0).count();
         assert!(plain <= 2, "{name}: {counts:?}");
         for c in counts.iter().filter(|c| c.launches == 0) {
-            assert_eq!((c.runs, c.writes), (1, 0), "{name}");
-            assert!(c.graphs == 1 || c.changes == 0, "{name}: {c:?}");
+            assert_eq!((c.runs, c.writes), (pieces, 0), "{name}");
+            assert!(c.graphs > 0 || c.changes == 0, "{name}: {c:?}");
         }
-        assert_eq!(on.counts().graphs, plain, "{name}");
+        assert!((pieces..=plain * pieces).contains(&on.counts().graphs), "{name}: {counts:?}");
         let (want, counts, _) = decode(name, &o, 3, 8, Some(Fault::Graph(1)));
         assert!(counts.iter().all(|c| c.runs == 0), "{name}: {counts:?}");
         assert!(same(&logits, &want), "{name}");
@@ -102,7 +111,7 @@ fn refused_graphs_are_launches() {
 }
 
 /// From compute capability 9.0 on launches begin while those before them run, as far as the interpreter can tell with the same bits: it
-/// knows what each of them writes. Only behind writes, and kernels that cannot wait, they do not.
+/// knows what each of them writes. Only behind writes, kernels that cannot wait, and where a graph begins they do not.
 #[test]
 fn launches_of_a_token_overlap() {
     for (name, kv, cache) in [
@@ -119,15 +128,17 @@ fn launches_of_a_token_overlap() {
         let hopper = || Interpreted::like((9, 0), 1 << 30);
         let (logits, counts, _) = decode_on(hopper(), name, &o, 3, 5, None);
         let (Counts { launches, writes, .. }, last) = (counts[0], counts[4]);
-        println!("{name}: {} of {launches} launches overlap", last.overlaps);
+        let pieces = pieces(launches + writes);
+        println!("{name}: {} of {launches} launches overlap, in {pieces} graphs", last.overlaps);
         // MLA on tensor cores does not.
         let alone = if name.starts_with("deepseek2-v3") { launches / 8 } else { 0 };
-        assert!(last.runs == 1 && launches - last.overlaps <= writes + alone, "{name}: {counts:?}");
+        let alone = writes + alone + pieces - 1;
+        assert!(last.runs == pieces && launches - last.overlaps <= alone, "{name}: {counts:?}");
         // A driver that takes no such graphs gets others.
         let (apart, counts, on) = decode_on(hopper(), name, &o, 3, 5, Some(Fault::Overlaps));
         assert!(same(&logits, &apart), "{name}");
         let last = counts[4];
-        assert_eq!((last.runs, last.overlaps, on.graphs()), (1, 0, 1), "{name}: {counts:?}");
+        assert_eq!((last.runs, last.overlaps, on.graphs()), (pieces, 0, pieces), "{name}: {counts:?}");
         // Of as much shared memory, so that MLA takes the same tiles.
         let (older, ..) = decode_on(Interpreted::like((8, 0), 1 << 30), name, &o, 3, 5, None);
         assert!(same(&logits, &older), "{name}");
@@ -210,7 +221,7 @@ impl Gpu for Plain {
     fn synchronize(&self) -> Result<(), GpuError> {
         self.0.synchronize()
     }
-    fn graph(&self, _: &[Step<'_>]) -> Result<GraphId, GpuError> {
+    fn graph(&self, _: &[Step<'_>], _: usize) -> Result<GraphId, GpuError> {
         none()
     }
     fn change(&self, _: GraphId, _: usize, _: Launch, _: &[Arg]) -> Result<(), GpuError> {

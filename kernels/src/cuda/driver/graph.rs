@@ -1,6 +1,6 @@
 //! Graphs of NVIDIA's driver: kernels and copies in a chain, run by one call. Layouts and functions as NVIDIA's "CUDA Driver API" has them
 //! since CUDA 12.0 ("Graph Management"), edges with data since 12.3. Copies read memory that the driver has
-//! pinned: one piece for all graphs, since one runs at a time.
+//! pinned: one piece for all graphs, of which those that may run behind one another have parts of their own.
 
 use super::{Code, Driver, Handle, addresses, api, old_driver};
 use crate::cuda::gpu::{Arg, GpuError, GraphId, KernelId, Launch, STAGED, Step};
@@ -112,6 +112,8 @@ struct Graph {
     nodes: Vec<Handle>,
     /// Kernels of nodes that are launches.
     kernels: Vec<Option<KernelId>>,
+    /// Where its bytes begin in what is pinned, and how many they are.
+    from: usize,
     bytes: usize,
 }
 
@@ -154,13 +156,14 @@ impl Driver {
     }
 
     /// See `Gpu::graph`.
-    pub(super) fn make_graph(&self, steps: &[Step<'_>]) -> Result<GraphId, GpuError> {
+    pub(super) fn make_graph(&self, steps: &[Step<'_>], from: usize) -> Result<GraphId, GpuError> {
         let (f, staged) = (self.graphs()?, self.staged()?);
         let mut g = Graph {
             graph: ptr::null_mut(),
             exec: ptr::null_mut(),
             nodes: Vec::with_capacity(steps.len()),
             kernels: Vec::with_capacity(steps.len()),
+            from,
             bytes: 0,
         };
         // SAFETY: writes a handle, given back by `destroy`.
@@ -211,11 +214,12 @@ impl Driver {
                 g.kernels.push(Some(kernel));
             }
             Step::Write { at, bytes } => {
-                if bytes > STAGED - g.bytes {
+                let begin = g.from + g.bytes;
+                if bytes > STAGED.saturating_sub(begin) {
                     return Err(refused("cuGraphAddMemcpyNode", "more bytes than wait for a graph"));
                 }
                 // SAFETY: within what was pinned.
-                let from = unsafe { staged.add(g.bytes) };
+                let from = unsafe { staged.add(begin) };
                 let what = Memcpy {
                     from: Side::new(Side::HOST, from.cast(), 0, bytes),
                     to: Side::new(Side::DEVICE, ptr::null_mut(), at, bytes),
@@ -262,9 +266,9 @@ impl Driver {
     /// See `Gpu::run`.
     pub(super) fn run_graph(&self, id: GraphId, bytes: &[u8]) -> Result<(), GpuError> {
         let (f, staged) = (self.graphs()?, self.staged()?);
-        let exec = self.in_graph(id, |g| (g.bytes == bytes.len()).then_some(g.exec))?;
-        // SAFETY: no more than STAGED bytes, or there were no such graph; no Rust reference to them exists.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), staged, bytes.len()) };
+        let (exec, from) = self.in_graph(id, |g| (g.bytes == bytes.len()).then_some((g.exec, g.from)))?;
+        // SAFETY: they end within STAGED, or there were no such graph (one of no bytes moves none); no Rust reference to them exists.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), staged.wrapping_add(from), bytes.len()) };
         // SAFETY: a graph of this context, and its stream.
         self.call("cuGraphLaunch", |_| unsafe { (f.launch)(exec, self.stream) })
     }
