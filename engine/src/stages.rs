@@ -254,7 +254,8 @@ impl<B> Stages<B> {
     pub fn last(&mut self) -> Last<'_> {
         let (at, head) = (self.at, self.on.layout.head);
         let far = (at != head).then(|| &self.on.all[at]);
-        Last { head: &self.on.all[head], far, stream: stream(&mut self.streams, at), rows: self.rows }
+        let (here, pass) = (&self.on.all[head], self.pass.get(head));
+        Last { head: here, pass, far, stream: stream(&mut self.streams, at), rows: self.rows }
     }
 }
 
@@ -273,6 +274,8 @@ fn pair(all: &mut [Option<Stream>], a: usize, b: usize) -> (&mut Stream, &mut St
 pub struct Last<'a> {
     /// The head's device.
     pub head: &'a Device,
+    /// The same for the rows of the pass.
+    pass: Option<&'a Device>,
     /// Where the stream is, if not there.
     far: Option<&'a Device>,
     stream: &'a mut Stream,
@@ -280,6 +283,15 @@ pub struct Last<'a> {
 }
 
 impl Last<'_> {
+    /// The head's device for some of the rows. On a GPU those of prompts are multiplied as in the layers; the CPU takes all alike, since tiles
+    /// cost the one row behind a prompt more than they gain.
+    pub fn device(&self, rows: &[u32]) -> Result<Device, EngineError> {
+        match self.pass.filter(|_| !self.head.is_host()) {
+            Some(pass) => Ok(pass.some_rows(rows)?),
+            None => Ok(self.head.clone()),
+        }
+    }
+
     /// Some of its rows, on the head's device.
     pub fn gather(&mut self, rows: &[u32], mut out: ViewMut<'_>) -> Result<(), EngineError> {
         let Stream { x, h } = &mut *self.stream;

@@ -345,7 +345,7 @@ pub trait Backend: Send + Sync {
 
 /// A backend behind its shape checks. Clones count their buffers together; see [`Device::counting`].
 #[derive(Clone)]
-pub struct Device(pub(crate) Arc<dyn Backend>, Arc<AtomicUsize>, Option<Arc<[u32]>>);
+pub struct Device(pub(crate) Arc<dyn Backend>, pub(crate) Arc<AtomicUsize>, pub(crate) Option<Arc<[u32]>>);
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -369,26 +369,6 @@ impl Device {
     /// The same device with a count of its own: [`Device::allocated`] of it and its clones begins at 0.
     pub fn counting(&self) -> Self {
         Self(self.0.clone(), Arc::default(), None)
-    }
-
-    /// The same device for a pass over rows of which row i belongs to a prompt that adds `prompts[i]` tokens, 0 when decoding
-    /// ([`Visible::set_prompt`]): products with weights may take another method for rows of prompts. Those of a plain device count
-    /// as decoded. The pass begins here: a device may hold back what decoding asks of it until a result is read.
-    pub fn for_rows(&self, prompts: &[u32]) -> Self {
-        self.0.begin(prompts);
-        Self(self.0.clone(), self.1.clone(), Some(prompts.into()))
-    }
-
-    /// Begins what was asked for and is held back: the caller goes on to other work meanwhile.
-    pub fn start(&self) -> Result<(), KernelError> {
-        self.0.start()
-    }
-
-    /// What [`Device::for_rows`] was told, for a call of `n` rows.
-    fn prompts(&self, n: usize) -> Result<&[u32], KernelError> {
-        let p = self.2.as_deref().unwrap_or_default();
-        shape(self.2.is_none() || p.len() == n, "rows", || format!("{n} in a pass of {}", p.len()))?;
-        Ok(p)
     }
 
     /// Bytes of all activations that [`Device::alloc`] of this handle and its clones has made, freed ones included.

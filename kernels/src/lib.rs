@@ -9,6 +9,7 @@ mod host_bytes;
 mod kv_ops;
 mod limits;
 mod meter;
+mod pass;
 #[doc(hidden)]
 pub mod testing;
 mod visible;

@@ -104,8 +104,9 @@ impl Output<'_> {
 
     fn multiply(&mut self, rows: &[u32]) -> Result<(), EngineError> {
         self.norm(rows)?;
-        let (HeadBufs { rows: h, logits }, n) = (&mut *self.bufs, rows.len());
-        Ok(self.x.head.linear(&self.head.weight, h.view(n), logits.view_mut(n), Write::Set)?)
+        let (dev, n) = (self.x.device(rows)?, rows.len());
+        let HeadBufs { rows: h, logits } = &mut *self.bufs;
+        Ok(dev.linear(&self.head.weight, h.view(n), logits.view_mut(n), Write::Set)?)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Rows of prompts on f16 tensor cores: times weights of all types but F32 (`src/matmul_half.cu`), and which attention takes them
 //! (`src/prompt_half.cu`). Knows shapes; nothing of requests.
 
-use super::launch::{Launcher, MANY_BLOCKS, TILE_COLUMNS, many_outputs, n, p};
+use super::launch::{Launcher, TILE_COLUMNS, many_outputs, n, p};
 use super::layout;
 use super::modules::Ptx;
 use super::operands::{Gqa, Halves, Matrix, Product, Sorted};
@@ -15,6 +15,8 @@ pub const COLUMNS: usize = 256;
 const HALF: usize = 128;
 /// Blocks from which on the largest fill an H200 better than twice as many.
 const FULL: usize = 96;
+/// The same of those half as large.
+const MANY: usize = 64;
 
 /// Columns of tiles of stacks, experts or heads, of whose matrices each has so many jobs in the mean: a tile of 128 costs two of 32 for half
 /// the features. F32 has only the smaller ones.
@@ -48,7 +50,7 @@ impl Launcher {
             Some(j) if j.columns > TILE_COLUMNS => middle,
             Some(_) => small,
             None if blocks(COLUMNS) >= FULL => large,
-            None if out.rows > TILE_COLUMNS && blocks(HALF) >= MANY_BLOCKS => middle,
+            None if out.rows > TILE_COLUMNS && blocks(HALF) >= MANY => middle,
             None => small,
         };
         let args = [

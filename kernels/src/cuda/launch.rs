@@ -112,19 +112,6 @@ impl Gqa {
 /// Columns of a tile of products on tensor cores.
 pub const TILE_COLUMNS: usize = 32;
 
-/// Columns of a block of `matmul_64`.
-fn wide_columns(dtype: DType) -> usize {
-    match dtype {
-        DType::Q2_K => 32,
-        DType::Q3_K | DType::Q6_K => 48,
-        _ => 64,
-    }
-}
-/// Its shared memory, for any format.
-const WIDE_SHARED: usize = 84 << 10;
-/// Blocks that fill a GPU well enough for the largest tiles.
-pub const MANY_BLOCKS: usize = 64;
-
 /// Launches kernels, loading their modules when they are first asked for.
 pub struct Launcher {
     gpu: Arc<Counted>,
@@ -459,14 +446,7 @@ impl Launcher {
         let (at, stride) = self.input(&w, &x)?;
         // What a block makes.
         let halves = if up.is_some() { 2 } else { 1 };
-        let wide = wide_columns(w.dtype);
-        let large = jobs.is_none() && self.capability >= (8, 0);
-        let large = large && out.rows.div_ceil(wide) * w.rows.div_ceil(64 / halves) >= MANY_BLOCKS;
-        let (entry, features, columns, threads, shared) = match layout::rounds(w.dtype) {
-            true if large => ("matmul_64", 64, wide, 256, WIDE_SHARED),
-            true => ("matmul", 64, TILE_COLUMNS, 512, 0),
-            false => ("matmul", 32, TILE_COLUMNS, 256, 0),
-        };
+        let (features, threads) = if layout::rounds(w.dtype) { (64, 512) } else { (32, 256) };
         let args = [
             p(w.at),
             p(w.row_bytes() as u64),
@@ -477,9 +457,9 @@ impl Launcher {
             n(stride)?,
         ];
         let args = [&args[..], &many_outputs(&made, jobs, up)?].concat();
-        let tiles = jobs.map_or(out.rows.div_ceil(columns), |j| j.count);
+        let tiles = jobs.map_or(out.rows.div_ceil(TILE_COLUMNS), |j| j.count);
         let grid = [tiles, w.rows.div_ceil(features / halves), 1];
-        self.run(self.of("matmul", w.dtype)?, entry, grid, threads, shared / 4, &args)
+        self.run(self.of("matmul", w.dtype)?, "matmul", grid, threads, 0, &args)
     }
 
     /// Sorts jobs by expert: `order` has room for one word each, `tiles` for three words for each of `jobs / columns + experts`.

@@ -231,8 +231,8 @@ fn experts_of_many_rows() {
     }
 }
 
-/// Whole models of block formats: several times nearer to Hugging Face's logits than by activations in int8 (which the output matrix keeps),
-/// whatever the batches.
+/// Whole models of block formats: nearer to Hugging Face's logits than by activations in int8, by the square of the steps' ratio of 28 for
+/// weights and activations each; a quarter of that is asked for. Whatever the batches.
 #[test]
 fn quantised_models() {
     for (name, n) in
@@ -253,7 +253,10 @@ fn quantised_models() {
         let whole = run((9, 0), n);
         let [half, int8] = [&whole, &run((7, 5), n)].map(|got| compare(&reference[..n * vocab], got, vocab));
         println!("{name}: {half:?}, by int8 {int8:?}");
-        assert!(half.mean_kl <= 0.3 * int8.mean_kl && half.top1 == 1.0, "{name}: {half:?}, by int8 {int8:?}");
+        assert!(
+            half.mean_kl <= 0.01 * int8.mean_kl && half.top1 == 1.0,
+            "{name}: {half:?}, by int8 {int8:?}"
+        );
         assert_bits(&run((9, 0), 7), &whole, || format!("{name}: batches of 7"));
     }
 }

@@ -78,7 +78,8 @@ fn half_rows(gpu: &mut Gpu, x: &[f32], len: usize) -> (Rows, Vec<f64>) {
     let (rows, stride) = (x.len() / len, 64 * len.div_ceil(32));
     let mut other = Gpu::new(module("round").unwrap());
     let (dx, out, scales) = (other.floats(x), other.machine.alloc(rows * stride), other.room(rows));
-    other.run("half_rows", [rows, 1], 256, &[p(dx), n(len), n(len), p(out), n(stride), p(scales)]);
+    let threads = len.div_ceil(4).next_multiple_of(32).min(256) as u32;
+    other.run("half_rows", [rows, 1], threads, &[p(dx), n(len), n(len), p(out), n(stride), p(scales)]);
     let (bytes, undo) = (other.machine.read(out, rows * stride).unwrap(), other.read(scales, rows));
     let values = bytes.chunks_exact(stride).zip(&undo).flat_map(|(row, s)| {
         let halves = row.chunks_exact(2).take(len).map(|b| f16::from_le_bytes([b[0], b[1]]));

@@ -25,25 +25,6 @@ pub(crate) fn texts_of(kind: &str, dtype: DType) -> Vec<&'static Ptx> {
     all
 }
 
-/// An entry point: its name, features and columns of a block, its threads.
-#[derive(Clone, Copy)]
-struct Entry(&'static str, usize, usize, u32);
-
-/// For any number of columns.
-fn general(dtype: DType) -> Entry {
-    if rounds(dtype) { Entry("matmul", 64, 32, 512) } else { Entry("matmul", 32, 32, 256) }
-}
-
-/// The largest blocks, for one matrix, which newer texts have.
-fn wide(dtype: DType) -> Entry {
-    let columns = match dtype {
-        DType::Q2_K => 32,
-        DType::Q3_K | DType::Q6_K => 48,
-        _ => 64,
-    };
-    Entry("matmul_64", 64, columns, 256)
-}
-
 /// What `matmul` takes; zero pointers are absent.
 #[derive(Clone, Copy)]
 struct Job {
@@ -63,10 +44,10 @@ struct Job {
     add: bool,
 }
 
-fn run(gpu: &mut Gpu, entry: Entry, j: &Job) {
+fn run(gpu: &mut Gpu, j: &Job) {
     let row = row_bytes(j.dtype, j.cols);
     let (order, list, tiles) = j.grouped;
-    let Entry(name, features, columns, threads) = entry;
+    let (features, threads) = if rounds(j.dtype) { (64, 512) } else { (32, 256) };
     let made = if j.up == 0 { features } else { features / 2 };
     let params = [
         p(j.w),
@@ -87,12 +68,11 @@ fn run(gpu: &mut Gpu, entry: Entry, j: &Job) {
         n(j.rows),
         n(usize::from(j.add)),
     ];
-    let tiles = if list == 0 { j.columns.div_ceil(columns) } else { tiles * 32 / columns };
-    let shared = if name == "matmul_64" { 84 << 10 } else { 0 };
-    gpu.run_shared(name, [tiles, j.rows.div_ceil(made), 1], threads, shared / 4, &params);
+    let tiles = if list == 0 { j.columns.div_ceil(32) } else { tiles };
+    gpu.run("matmul", [tiles, j.rows.div_ceil(made)], threads, &params);
 }
 
-fn check(text: &'static Ptx, entry: Entry, c: &Case, seed: u64) {
+fn check(text: &'static Ptx, c: &Case, seed: u64) {
     let (host, x, bias, before) = operands(c, seed);
     let mut gpu = Gpu::new(text);
     let (_, dx, stride) = input(&mut gpu, c.dtype, c.cols, &x);
@@ -114,9 +94,9 @@ fn check(text: &'static Ptx, entry: Entry, c: &Case, seed: u64) {
         out,
         add: c.add,
     };
-    run(&mut gpu, entry, &job);
+    run(&mut gpu, &job);
     assert_bits(&gpu.read(out, c.columns * c.rows), &twin(c, seed), || {
-        format!("{} of {} [{}, {}] x {}, {:?}", entry.0, text.name, c.rows, c.cols, c.columns, c.fill)
+        format!("{} [{}, {}] x {}, {:?}", text.name, c.rows, c.cols, c.columns, c.fill)
     });
 }
 
@@ -131,11 +111,7 @@ fn many_columns_have_the_scalar_kernels_bits() {
                 let cols = some[(i * 5 + 3) % some.len()];
                 let fill = [Fill::Random, Fill::Extreme][i % 2];
                 let (bias, add) = (i % 2 == 0, i % 3 == 0);
-                let newer = text.target() >= 80;
-                for entry in [general(f.dtype)].into_iter().chain(newer.then(|| wide(f.dtype))) {
-                    let c = Case { dtype: f.dtype, rows, cols, columns, fill, bias, add };
-                    check(text, entry, &c, i as u64);
-                }
+                check(text, &Case { dtype: f.dtype, rows, cols, columns, fill, bias, add }, i as u64);
             }
         }
     }
@@ -216,38 +192,11 @@ fn experts_take_their_rows_in_one_launch() {
                 out,
                 add: false,
             };
-            run(&mut gpu, general(dtype), &job);
+            run(&mut gpu, &job);
             let got = gpu.read(out, ids.len() * hidden);
             let want = gated(&ids, [gate, up], dtype, (d, hidden, experts), &x, &q, used, act);
             assert_bits(&got, &want, || format!("{}, activation {act}", text.name));
         }
-    }
-}
-
-/// Gate and up together, on the largest blocks and on others.
-#[test]
-fn large_blocks_make_gates() {
-    let (d, hidden, columns) = (512, 45, 70);
-    for dtype in [DType::Q4_K, DType::Q6_K, DType::Q8_0, DType::Q2_K] {
-        let mut rng = Rng(3);
-        let [gate, up] = [0, 1].map(|_| weights(dtype, hidden, d, Fill::Random, &mut rng));
-        let x = rng.activations(columns * d);
-        let text = *texts(dtype).last().unwrap();
-        let mut gpu = Gpu::new(text);
-        let (_, dx, stride) = input(&mut gpu, dtype, d, &x);
-        let [w, up] = [&gate, &up].map(|m| gpu.bytes(&packed(dtype, d, m)));
-        let [want, got] = [general(dtype), wide(dtype)].map(|entry| {
-            let out = gpu.room(columns * hidden);
-            let (grouped, share, act, bias, add) = ((0, 0, 0), 1, 1, 0, false);
-            let x = (dx, stride);
-            run(
-                &mut gpu,
-                entry,
-                &Job { dtype, rows: hidden, cols: d, w, x, columns, grouped, share, up, act, bias, out, add },
-            );
-            gpu.read(out, columns * hidden)
-        });
-        assert_bits(&got, &want, || text.name.into());
     }
 }
 
@@ -314,7 +263,7 @@ fn heads_are_experts() {
             out,
             add: false,
         };
-        run(&mut gpu, general(dtype), &job);
+        run(&mut gpu, &job);
         let got = gpu.read(out, ids.len() * latent);
         let weight = Weight::host(dtype, heads, latent, nope, HostBytes::from_vec(host.clone())).unwrap();
         for h in 0..heads {

@@ -71,7 +71,9 @@ impl Launcher {
     pub fn half(&self, x: Floats, out: u64) -> Result<Halves, KernelError> {
         let to = Halves::of(out, &x);
         let args = [p(x.at), n(x.stride)?, n(x.cols)?, p(to.at), n(to.stride)?, p(to.scales)];
-        self.run(self.base("round")?, "half_rows", [x.rows, 1, 1], 256, 0, &args)?;
+        // Heads are short, and many.
+        let threads = x.cols.div_ceil(4).next_multiple_of(32).min(256) as u32;
+        self.run(self.base("round")?, "half_rows", [x.rows, 1, 1], threads, 0, &args)?;
         Ok(to)
     }
 

@@ -148,17 +148,6 @@ __device__ __forceinline__ void matmul(
     }
 }
 
-#if __CUDA_ARCH__ >= 800
-#include "matmul_wide.cuh"
-// As below, for one matrix: no order, no tiles. 256 threads, sizeof(Wide) bytes of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(WIDE_THREADS, 1) matmul_64(
-    const u8* w, u64 row_bytes, u64 matrix_bytes, u32 rows, u32 blocks, const Block* x, u32 x_stride, u32 n, const u32* order,
-    const Tile* tiles, u32 share, const u8* up, u32 act, const float* bias, float* out, u32 out_stride, u32 add) {
-    extern __shared__ __align__(128) u8 memory[];
-    matmul_wide<FORMAT>(memory, w, row_bytes, rows, blocks, x, x_stride, n, up, act, bias, out, out_stride, add);
-}
-#endif
-
 // out[job] (=|+=) W[matrix] x[job / share] (+ bias), or with `up` act(W[matrix] x) * (up[matrix] x): 0 SiLU, 1 GELU. The grid: (n / 32, rows / 64;
 // with `up` twice as many), 512 threads. One matrix: no order, no list of tiles, share 1. Mixtures of experts: both from `sort_experts`, whose
 // tiles have 32 columns; jobs of one token share its row of x.

@@ -75,25 +75,24 @@ extern "C" __global__ void __launch_bounds__(256) round_norm(
 }
 
 // x [rows, len] in f16 under a power of two for each row that brings its largest finite value near 2^14; what undoes it goes to `scales`. The
-// last 32 values are filled up with zeros; rows are out_stride bytes apart. The grid: (rows), 256 threads.
+// last 32 values are filled up with zeros; rows are out_stride bytes apart. The grid: (rows), up to 256 threads.
 extern "C" __global__ void __launch_bounds__(256) half_rows(const float* x, u32 x_stride, u32 len, u8* out, u32 out_stride, float* scales) {
     in_turn();
     __shared__ float most[256 / WARP];
-    const u32 t = threadIdx.x;
+    const u32 t = threadIdx.x, threads = blockDim.x;
     x += (u64)blockIdx.x * x_stride;
     out += (u64)blockIdx.x * out_stride;
     float max = 0.0f;
-    for (u32 i = t; i < len; i += 256)
+    for (u32 i = t; i < len; i += threads)
         if (x[i] - x[i] == 0.0f) max = fmaxf(max, fabsf(x[i]));
 #pragma unroll
     for (int half = WARP / 2; half > 0; half /= 2) max = fmaxf(max, __shfl_xor_sync(ALL, max, half));
     if (t % WARP == 0) most[t / WARP] = max;
     __syncthreads();
-#pragma unroll
-    for (int w = 0; w < 256 / WARP; w++) max = fmaxf(max, most[w]);
+    for (u32 w = 0; w < threads / WARP; w++) max = fmaxf(max, most[w]);
     const float scale = scale_for(max);
     if (t == 0) scales[blockIdx.x] = 1.0f / scale;
-    for (u32 i = 2 * t; i < (len + 31) / 32 * 32; i += 512) {
+    for (u32 i = 2 * t; i < (len + 31) / 32 * 32; i += 2 * threads) {
         const u16 one = i < len ? to_f16(x[i] * scale) : 0, two = i + 1 < len ? to_f16(x[i + 1] * scale) : 0;
         *(u32*)(out + 2 * i) = one | (u32)two << 16;
     }
