@@ -32,7 +32,7 @@ CACHES = FLOATS + ["Q8_0", "Q4_0"]
 # Types of a layer's two caches that differ.
 PAIRS = [(a, b) for a in ["F16", "Q8_0", "Q4_0"] for b in ["F16", "Q8_0", "Q4_0"] if a != b]
 # Kernels for targets that give a block much shared memory, and for those that do not.
-ONLY = {"mla_f16_sm80": [80, 90, 100], "mla_small_f16_sm80": [86, 89, 120]}
+ONLY = {"mla_f16": [80, 90, 100], "mla_small_f16": [86, 89, 120]}
 # (name of the PTX file, source, format, architecture). One text serves every target from its architecture on, up to that of the module's next.
 MODULES = (
     [(f"matvec_{f.lower()}", "matvec.cu", f, 75) for f in QUANTISED]
@@ -50,8 +50,9 @@ MODULES = (
     + [("prompt_half_f16_sm80", "prompt_half.cu", "F16", 80)]
 )
 # What decoding launches, in texts of kernels that begin while the one before ends (overlap.cuh).
-OVERLAPS = ["matvec.cu", "float.cu", "attention.cu", "store.cu", "round.cu", "router.cu", "rows.cu"]
-MODULES += [(f"{name}_sm90", source, fmt, 90) for name, source, fmt, arch in MODULES if source in OVERLAPS and arch == 75]
+OVERLAPS = {"matvec.cu": 75, "float.cu": 75, "attention.cu": 75, "store.cu": 75, "round.cu": 75, "router.cu": 75, "rows.cu": 75}
+OVERLAPS |= {"skinny.cu": 80, "mla.cu": 80}
+MODULES += [(f"{n.removesuffix('_sm80')}_sm90", source, fmt, 90) for n, source, fmt, arch in MODULES if OVERLAPS.get(source) == arch]
 
 
 def install(folder):
@@ -137,7 +138,7 @@ def build(folder, out):
         path.write_text(made.stdout)
         base = name.removesuffix(f"_sm{arch}")
         newer = [a for n, _, _, a in MODULES if a > arch and n == f"{base}_sm{a}"]
-        return {a: resources(ptxas, path, a) for a in ONLY.get(name, TARGETS) if arch <= a < min(newer, default=1000)}
+        return {a: resources(ptxas, path, a) for a in ONLY.get(base, TARGETS) if arch <= a < min(newer, default=1000)}
 
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     jobs = {name: pool.submit(module, name, arch) for name, _, _, arch in MODULES}

@@ -18,32 +18,45 @@ struct Tensor {
     stages: usize,
 }
 
-/// For up to 16 heads, then for more: blocks of 16, 32 and 64.
-const fn kernels(tile: usize) -> [Tensor; 4] {
-    [
-        Tensor { entry: "mla_split", heads: 16, parts: 2, tile, stages: 4 },
-        Tensor { entry: "mla_16", heads: 16, parts: 1, tile, stages: 3 },
-        Tensor { entry: "mla_32", heads: 32, parts: 1, tile, stages: 3 },
-        Tensor { entry: "mla_64", heads: 64, parts: 1, tile, stages: 3 },
-    ]
+/// A module's kernels: the one for up to 16 heads, then for more, the smallest blocks first.
+type Kernels = (&'static str, &'static [Tensor]);
+
+const fn tensor(entry: &'static str, heads: usize, parts: usize, tile: usize, stages: usize) -> Tensor {
+    Tensor { entry, heads, parts, tile, stages }
 }
 
+const MODULES: [Kernels; 2] = [
+    (
+        "mla_f16",
+        &[
+            tensor("mla_split", 16, 2, 32, 4),
+            tensor("mla_16", 16, 1, 32, 3),
+            tensor("mla_32", 32, 1, 32, 3),
+            tensor("mla_64", 64, 1, 32, 3),
+        ],
+    ),
+    (
+        "mla_small_f16",
+        &[tensor("mla_split", 16, 2, 16, 4), tensor("mla_16", 16, 1, 16, 3), tensor("mla_32", 32, 1, 16, 3)],
+    ),
+];
+
 impl Tensor {
-    /// Bytes of shared memory: stages of entries of 576 values, scores of four warps, two tiles' weights, eight floats a head, a word a
-    /// stage.
+    /// Bytes of shared memory: stages of entries of 576 values and 16 bytes of padding, scores of four warps, two tiles' weights, nine
+    /// floats a head, 256 slots, twelve words more, a word a stage.
     const fn shared(self) -> usize {
         let row = self.heads * (self.tile + 8);
-        self.stages * (self.tile * 1152 + 4) + 4 * 4 * row + 2 * self.parts * 2 * row + 8 * 4 * self.heads
+        let heads = 4 * 4 * row + 2 * self.parts * 2 * row + 9 * 4 * self.heads;
+        self.stages * (self.tile * 1168 + 4) + heads + 4 * (256 + 12)
     }
 
     /// The one for so many heads and parts of rows: 17 heads and more have the same bits from three kernels. The larger a block, the less it
     /// reads, as long as there are blocks for most of a large GPU.
-    fn of(kernels: [Self; 4], heads: usize, parts: usize) -> Self {
-        let [split, small, larger @ ..] = kernels;
-        let fills = |k: &Self| heads > k.heads / 2 && heads.div_ceil(k.heads) * parts > 64;
+    fn of(kernels: &[Self], heads: usize, parts: usize) -> Self {
+        let fills = |k: &&Self| heads > k.heads / 2 && heads.div_ceil(k.heads) * parts > 64;
         match heads {
-            ..=16 => split,
-            _ => larger.into_iter().rev().find(fills).unwrap_or(small),
+            ..=16 => kernels[0],
+            _ => *kernels[1..].iter().rev().find(fills).unwrap_or(&kernels[1]),
         }
     }
 }
@@ -73,13 +86,12 @@ impl Absorbed {
 
 impl Launcher {
     /// The kernels on tensor cores for such a layer, if there are any: f16 caches, dimensions in units of eight, a GPU since 8.0.
-    fn on_tensor_cores(&self, latents: Cache, k_pe: Cache) -> Option<(&'static Ptx, [Tensor; 4])> {
+    fn on_tensor_cores(&self, latents: Cache, k_pe: Cache) -> Option<(&'static Ptx, &'static [Tensor])> {
         let fits = |c: Cache, most| c.dtype == DType::F16 && c.width <= most && c.width.is_multiple_of(8);
         if !(fits(latents, MAX_VALUE) && fits(k_pe, 64)) {
             return None;
         }
-        [("mla_f16", 32), ("mla_small_f16", 16)].into_iter().find_map(|(module, tile)| {
-            let kernels = kernels(tile);
+        MODULES.into_iter().find_map(|(module, kernels)| {
             let room = kernels.iter().all(|k| k.shared() <= self.shared);
             room.then(|| self.text(module)).flatten().map(|m| (m, kernels))
         })

@@ -15,6 +15,11 @@ pub struct Ptx {
 }
 
 impl Ptx {
+    /// The module that it is a text of.
+    pub fn module(&self) -> &'static str {
+        parts(self.name).0
+    }
+
     /// The lowest compute capability that takes it, as in `sm_75`.
     pub fn target(&self) -> u32 {
         parts(self.name).1
@@ -69,6 +74,9 @@ modules! {
     matvec_mxfp4_sm90 matvec_f32_sm90 matvec_f16_sm90 matvec_bf16_sm90
     attention_f32_sm90 attention_f16_sm90 attention_bf16_sm90 attention_q8_0_sm90 attention_q4_0_sm90 attention_f16_q8_0_sm90
     attention_f16_q4_0_sm90 attention_q8_0_f16_sm90 attention_q8_0_q4_0_sm90 attention_q4_0_f16_sm90 attention_q4_0_q8_0_sm90
+    skinny_q4_0_sm90 skinny_q4_1_sm90 skinny_q5_0_sm90 skinny_q5_1_sm90 skinny_q8_0_sm90 skinny_q2_k_sm90
+    skinny_q3_k_sm90 skinny_q4_k_sm90 skinny_q5_k_sm90 skinny_q6_k_sm90 skinny_q8_k_sm90 skinny_iq4_nl_sm90
+    skinny_iq4_xs_sm90 skinny_mxfp4_sm90 mla_f16_sm90 mla_small_f16_sm90
     store_f32_sm90 store_f16_sm90 store_bf16_sm90 store_q8_0_sm90 store_q4_0_sm90
     round_sm90 router_sm90 rows_sm90
 }

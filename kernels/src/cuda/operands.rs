@@ -7,8 +7,9 @@ use std::ops::Range;
 
 /// Bytes of 256 rounded activations: `Block` of matvec.cu.
 pub const BLOCK_BYTES: usize = 448;
-/// How a row's list is cut into parts: of `split` entries, or of more where there would be more than `most` (0: any number). Decided by the
-/// layer and the row's own length, so that bits do not depend on what else there is. `part_len` of src/cached.cuh.
+/// How a row's list is cut into parts: of `split` entries; or, with `most` > 0, into eight of `split` to four times that, and into more of
+/// the larger up to `most`. Decided by the layer and the row's own length, so that bits do not depend on what else there is. `part_len` of
+/// src/cached.cuh.
 #[derive(Clone, Copy, Debug)]
 pub struct Parts {
     pub split: usize,
@@ -20,25 +21,29 @@ impl Parts {
     pub const GROUPED: Self = Self { split: 128, most: 0 };
 
     /// Of absorbed MLA. A part's sums are as long as the latents it read for 128 heads and 230 entries, and its queries as those of 256: some
-    /// 128 blocks of up to 64 heads fill a GPU, more only write more. A prompt's rows fill it by themselves.
+    /// 128 blocks of up to 64 heads fill a GPU, more only write more; of a short row smaller parts, since else only few multiprocessors would
+    /// have any. A prompt's rows fill it by themselves.
     pub fn absorbed(heads: usize, prompt: bool) -> Self {
         let most = (128 / heads.div_ceil(64)).max(1);
         match prompt {
             true => Self { split: 1024, most: most.min(16) },
-            false => Self { split: if heads > 32 { 512 } else { 128 }, most },
+            false => Self { split: if heads > 32 { 128 } else { 32 }, most },
         }
     }
 
     /// Parts of a list of `seen` entries.
     pub fn count(self, seen: usize) -> usize {
-        let each = seen.checked_div(self.most).map_or(0, |_| seen.div_ceil(self.most).next_multiple_of(32));
-        seen.div_ceil(each.max(self.split))
+        if self.most == 0 {
+            return seen.div_ceil(self.split);
+        }
+        let [eighth, each] = [8, self.most].map(|n| seen.div_ceil(n).next_multiple_of(32));
+        seen.div_ceil(eighth.min(4 * self.split).max(self.split).max(each))
     }
 
     /// Parts of a list of at most `seen` entries.
     pub fn limit(self, seen: usize) -> usize {
-        let most = seen.div_ceil(self.split);
-        if self.most == 0 { most } else { most.min(self.most) }
+        let parts = seen.div_ceil(self.split);
+        if self.most == 0 { parts } else { parts.min(seen.div_ceil(4 * self.split).max(8)).min(self.most) }
     }
 }
 

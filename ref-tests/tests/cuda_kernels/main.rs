@@ -40,7 +40,9 @@ fn parsed(ptx: &'static Ptx) -> Arc<Text> {
 
 impl Gpu {
     pub(crate) fn new(ptx: &'static Ptx) -> Self {
-        let newer = text_for(ptx.name, 90).filter(|n| n.overlaps());
+        // Of three texts the middle one is what the newest is without that.
+        let latest = text_for(ptx.module(), 89).is_some_and(|t| t.name == ptx.name);
+        let newer = text_for(ptx.module(), 90).filter(|n| latest && n.overlaps());
         let mut gpu = Self::of(parsed(ptx));
         gpu.other = newer.map(parsed);
         if device().is_some_and(|d| d.capability() >= (9, 0))
@@ -165,4 +167,14 @@ pub(crate) fn p(x: u64) -> Param {
 
 pub(crate) fn n(x: usize) -> Param {
     Param::U32(u32::try_from(x).unwrap())
+}
+
+/// The text, each time without another wait of kernel `entry`.
+pub(crate) fn without_a_wait(text: &str, entry: &str) -> Vec<String> {
+    let wait = "griddepcontrol.wait;";
+    let start = text.find(&format!("entry {entry}(")).expect("such a kernel");
+    let end = text[start..].find(".entry ").map_or(text.len(), |e| start + e);
+    let waits: Vec<usize> = text[start..end].match_indices(wait).map(|w| start + w.0).collect();
+    assert!(!waits.is_empty(), "{entry}");
+    waits.iter().map(|at| format!("{}{}", &text[..*at], &text[at + wait.len()..])).collect()
 }

@@ -1,7 +1,7 @@
 //! Weights of every format times one row, floats up to eight; rows of embedding tables; rounding of activations.
 
 use crate::matmul::gated;
-use crate::{Gpu, n, p};
+use crate::{Gpu, n, p, without_a_wait};
 use kernels::cpu::Pool;
 use kernels::cpu::isa::Isa;
 use kernels::cpu::matmul::{Input, multiply_with};
@@ -222,10 +222,7 @@ fn kernels_that_do_not_wait_are_caught() {
         let experts = Experts { dtype, rows: 5, cols: 512, ids: vec![1, 3, 0], share: 2 };
         let run = |text: &str| device(text, &c, 5).map(|_| ()).and(experts.device(text).map(|_| ()));
         assert_eq!(run(text), Ok(()));
-        let waits: Vec<usize> = text[start..end].match_indices(wait).map(|w| start + w.0).collect();
-        assert!(!waits.is_empty());
-        for at in &waits {
-            let mutant = format!("{}{}", &text[..*at], &text[at + wait.len()..]);
+        for mutant in without_a_wait(text, "matvec_1") {
             let fault = run(&mutant).expect_err("a thread that never waits, or reads who chooses before");
             let PtxError::Run { fault, .. } = fault else { panic!("{fault}") };
             assert!(matches!(fault, Fault::NoWait | Fault::Early { .. }), "{dtype}: {fault}");

@@ -3,12 +3,12 @@
 
 use crate::matmul::{gated, texts_of};
 use crate::matvec::{Case, NONE, Several, input, operands, packed, rounds, twin};
-use crate::{Gpu, n, p};
+use crate::{Gpu, n, p, without_a_wait};
 use kernels::cuda::Skinny;
 use kernels::cuda::layout::{blocks, row_bytes};
-use kernels::cuda::modules::Ptx;
+use kernels::cuda::modules::{Ptx, text_for};
 use kernels::testing::{Fill, Rng, assert_bits, lengths, weights};
-use ptx::{Param, PtxError};
+use ptx::{Fault, Param, PtxError};
 use quant::{DType, FORMATS};
 
 /// Every format in blocks.
@@ -87,6 +87,31 @@ fn few_columns_have_the_scalar_kernels_bits() {
                     check(text, k, &c, at as u64);
                 }
             }
+        }
+    }
+}
+
+/// Weights are asked for before activations are there, and nothing is read.
+#[test]
+fn kernels_that_do_not_wait_are_caught() {
+    let c = Case {
+        dtype: DType::Q4_K,
+        rows: 33,
+        cols: 512,
+        columns: 3,
+        fill: Fill::Random,
+        bias: true,
+        add: true,
+    };
+    let text = text_for("skinny_q4_k", 90).unwrap().text;
+    for k in Skinny::ALL {
+        let run = |text: &str| device(text, true, k, &c, 5).map(|_| ());
+        assert_eq!(run(text), Ok(()));
+        for mutant in without_a_wait(text, k.entry) {
+            let Err(PtxError::Run { fault, .. }) = run(&mutant) else {
+                panic!("{}: a wait is missing", k.entry)
+            };
+            assert!(matches!(fault, Fault::NoWait | Fault::Early { .. }), "{}: {fault}", k.entry);
         }
     }
 }

@@ -59,10 +59,12 @@ __device__ __forceinline__ u32 seen(const Span* spans, const u32* ends, u32 row,
     return n;
 }
 
-// Entries of a part of a list of n > 0: `split`, or more where that would make more than `most` parts (0: any number).
+// Entries of a part of a list of n > 0: `split`; or, where a number of parts is the most there may be, an eighth of the list, but of at least
+// `split` and at most four times that, and more where else there would be too many parts.
 __device__ __forceinline__ u32 part_len(u32 n, u32 split, u32 most) {
-    const u32 each = most ? ((n - 1) / most + 32) / 32 * 32 : 0;
-    return each > split ? each : split;
+    if (!most) return split;
+    const u32 eighth = ((n - 1) / 8 + 32) / 32 * 32, each = ((n - 1) / most + 32) / 32 * 32;
+    return max(each, max(split, min(eighth, 4 * split)));
 }
 
 __device__ __forceinline__ u32 part_count(u32 n, u32 split, u32 most) {

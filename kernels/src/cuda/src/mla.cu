@@ -19,8 +19,11 @@
 #define STEPS 9     // steps of 16 columns of each
 #define LATENT 512  // columns of a tile: latents, then the rotated part, zeros where there is less
 #define WIDTH 576
-#define PITCH (2 * WIDTH)
-#define WEIGHT 16384.0f // weights are multiplied by this, so that what f16 keeps of them (of their low parts) is no subnormal
+#define ROTATED ((WIDTH - LATENT) / 16) // steps of rotated columns, the last warp's last
+#define PITCH (2 * WIDTH + 16) // bytes of an entry in a stage: the same 16 bytes of eight lie in different banks
+#define WEIGHT_BITS 14 // weights are multiplied by 2^14, so that what f16 keeps of them (of their low parts) is no subnormal
+#define WEIGHT (float)(1 << WEIGHT_BITS)
+#define AHEAD 128 // slots that are looked up at a time; twice as many are kept
 
 // What reads and writes of N neighbours are done by.
 template <class T, int N>
@@ -28,29 +31,28 @@ struct __align__(sizeof(T) * N) Some {
     T x[N];
 };
 
-// Place in a list of spans: `base` entries lie before span s.
+// Place in a list of spans: `base` entries lie before span i.
 struct Cursor {
-    const Span* s;
-    u32 base;
-    __device__ __forceinline__ void seek(u32 at) {
-        while (at - base >= s->len) base += (s++)->len;
-    }
+    u32 i, base;
 };
 
 // The queries of a block's heads, of which the last block may have fewer.
 struct Queries {
     const float* latent; // [heads][latent]
     const float* pe;     // [heads], `pe_head` apart
-    const float* sink;   // the same for sinks, or null
-    u32 pe_head, count;  // heads there are
+    const float* sink;   // the same for sinks, should there be any
+    bool sinks;
+    u32 pe_head, count; // heads there are
 };
 
-// WEIGHT e^x for x <= 1, 0 below 2^-40: as an f16 keeps it.
+// WEIGHT 2^x for x < 2, WEIGHT 2^-126 below that.
 __device__ __forceinline__ float weight(float x) {
-    float n;
-    const float p = exp2_parts(fmaxf(x * 1.44269504f, -40.0f), n);
-    return __int_as_float(__float_as_int(p) + (__float_as_int(n + (12582912.0f + 14.0f)) << 23));
+    const float magic = 12582912.0f + WEIGHT_BITS, y = fmaxf(x, -126.0f), n = y + magic;
+    return __int_as_float(__float_as_int(exp2_near(y - (n - magic))) + (__float_as_int(n) << 23));
 }
+
+// 2^x for whole x <= 0; 0 below 2^-126.
+__device__ __forceinline__ float power(float x) { return __int_as_float(__float_as_int(fmaxf(x, -127.0f) + (12582912.0f + 127.0f)) << 23); }
 
 // MT groups of 16 heads, their queries and weights in PARTS, TILE entries at a time.
 template <int PARTS, int MT, int TILE, int STAGES>
@@ -60,72 +62,108 @@ __device__ __forceinline__ void attend_part(
     const int HEADS = 16 * MT, EDGE = TILE + 8; // rows of scores and weights are padded: no two of eight in the same banks
     const int GROUPS = MT == 4 ? 2 : 1;         // groups of heads that a warp scores
     const int ENTRIES = MT == 1 ? TILE / 2 : TILE, NT = ENTRIES < 16 ? 1 : 2; // entries that it scores, tiles of 8 at a time
-    const int COPIERS = THREADS / TILE;
+    const int COPIERS = THREADS / TILE, COPIES = (WIDTH / 8 + COPIERS - 1) / COPIERS; // of 16 bytes of an entry
+    const u32 SINK = 1u << 31;
     // What softens a head: LANES threads, each QUADS runs of four entries.
     const int QUADS = TILE * HEADS <= 4 * THREADS ? 1 : TILE * HEADS / (4 * THREADS), LANES = TILE / 4 / QUADS, PER = 4 * QUADS;
     extern __shared__ __align__(128) u8 stages[];
     float* const scores = (float*)(stages + STAGES * TILE * PITCH);  // [SLICES][HEADS][EDGE]
     u16* const weights = (u16*)(scores + SLICES * HEADS * EDGE);     // [tile % 2][part][HEADS][EDGE]
-    float* const shrinks = (float*)(weights + 2 * PARTS * HEADS * EDGE); // [tile % 2][HEADS]
+    float2* const states = (float2*)(weights + 2 * PARTS * HEADS * EDGE); // [tile % 2][HEADS]: what weights are relative to, their sum
+    float2* const bounds = states + 2 * HEADS;                       // [HEADS]: what makes scores of sums, the largest sum that counts
+    float* const shrinks = (float*)(bounds + HEADS);                 // [tile % 2][HEADS]
     float* const powers = shrinks + 2 * HEADS;                       // [HEADS]
-    float* const factors = powers + HEADS;                           // [HEADS], for scores
-    float2* const states = (float2*)(factors + HEADS);               // [tile % 2][HEADS]: maximum, sum
-    u32* const lens = (u32*)(states + 2 * HEADS);                    // [STAGES], the highest bit set for sinks
+    u8* const grew = (u8*)(powers + HEADS);                          // [tile % 2][warps]: whether some head's sums shrink
+    const float** const rotated = (const float**)(grew + 16);        // queries for others, and for sinks
+    Cursor* const cursors = (Cursor*)(rotated + 2);                  // [2], in turn
+    u32* const slots = (u32*)(cursors + 2);                          // [2 * AHEAD], the highest bit set for sinks
+    u32* const lens = slots + 2 * AHEAD;                             // [STAGES], likewise
     const u32 t = threadIdx.x, warp = t / WARP, slice = warp % SLICES, half = warp / SLICES;
     const u32 row = t % WARP / 4, pair = t % 4 * 2;   // of a fragment of 16 x 8 floats: rows row, row + 8, columns pair, pair + 1
     const u32 matrix = t % WARP / 8, line = t % 8;    // the row of a matrix that this lane names
     const u32 group = MT == 1 ? 0 : 16 * GROUPS * half, first = MT == 1 ? half * ENTRIES : 0; // heads and entries that a warp scores
     const u32 tiles = shared_address(stages);
 
+    // A thread looks up one of the next slots.
+    u32 known = from;
+    const auto look_up = [&] {
+        const u32 at = known + t, turn = known / AHEAD % 2;
+        u32 slot = 0;
+        if (t < AHEAD && at < to) {
+            Cursor c = cursors[turn];
+            while (at - c.base >= spans[c.i].len) c.base += spans[c.i++].len;
+            slot = spans[c.i].start + (at - c.base) | (q.sinks && spans[c.i].sink ? SINK : 0);
+            if (t == AHEAD - 1) cursors[turn ^ 1] = c;
+        }
+        if (t < AHEAD) slots[at % (2 * AHEAD)] = slot;
+        known += AHEAD;
+        return slot & ~SINK;
+    };
     // The next tile into a stage: entries of one kind, sinks or others.
     u32 next = from;
-    Cursor head = {spans, 0};
     const u32 copied = t / COPIERS, chunk = t % COPIERS;
-    const auto fetch = [&](u32 stage) {
+    const auto copy_tile = [&](u32 stage) {
         u32 len = 0, sink = 0;
         if (next < to) {
-            head.seek(next);
-            const Span* s = head.s;
-            u32 end = head.base + s->len;
-            sink = q.sink && s->sink;
-            while (end < to && end - next < TILE && (u32)(q.sink && s[1].sink) == sink) end += (++s)->len;
-            len = end < to ? end - next : to - next;
-            len = len < TILE ? len : TILE;
-            const bool live = copied < len;
-            u64 slot = 0;
-            if (live) {
-                Cursor own = head;
-                own.seek(next + copied);
-                slot = own.s->start + (next + copied - own.base);
+            len = min(to - next, (u32)TILE);
+            if (q.sinks) {
+                sink = slots[next % (2 * AHEAD)] & SINK;
+                // As far as the first of another kind.
+                const u32 others = __ballot_sync(ALL, (slots[(next + t % TILE) % (2 * AHEAD)] & SINK) != sink);
+                len = min((u32)__popc(~others & (others - 1)), len);
             }
-            const u8* const one = latents + slot * latent_row;
-            const u8* const two = k_pe + slot * k_pe_row;
-            const u32 at = tiles + (stage * TILE + copied) * PITCH + 16 * (chunk ^ copied % 8);
+            const u64 slot = slots[(next + copied) % (2 * AHEAD)] & ~SINK;
+            const u8* const one = latents + slot * latent_row + 16 * chunk;
+            const u8* const two = k_pe + slot * k_pe_row + 16 * chunk;
+            const u32 at = tiles + (stage * TILE + copied) * PITCH + 16 * chunk;
+            const auto copy = [&](int j, u32 latent, u32 rope) {
+                const int col = 8 * j * COPIERS;
+                const bool live = copied < len && (col < LATENT ? col + 8 * chunk < latent : col + 8 * chunk < LATENT + rope);
+                const u8* const from = col < LATENT ? one + 2 * col : two + 2 * (col - LATENT);
+                if (col + 8 * COPIERS <= WIDTH || chunk < (WIDTH - col) / 8) copy_or_zero<16, true>(at + 2 * col, from, live);
+            };
+            if (latent == LATENT && rope == WIDTH - LATENT) {
 #pragma unroll
-            for (int j = 0; j < WIDTH / 8; j += COPIERS) {
-                const bool rotated = j >= LATENT / 8;
-                const u32 col = 8 * (j + chunk) - (rotated ? LATENT : 0);
-                const bool here = live && col < (rotated ? rope : latent);
-                if (j + COPIERS <= WIDTH / 8 || chunk < 8)
-                    copy_or_zero<16, true>(at + 16 * j, (rotated ? two : one) + (here ? 2 * col : 0), here);
+                for (int j = 0; j < COPIES; j++) copy(j, LATENT, WIDTH - LATENT);
+            } else {
+#pragma unroll
+                for (int j = 0; j < COPIES; j++) copy(j, latent, rope);
             }
+            if (known - next < 3 * TILE) look_up();
         }
-        if (t == 0) lens[stage] = len | sink << 31;
+        if (t == 0) lens[stage] = len | sink;
         next += len;
         stage_begun();
     };
-    for (u32 i = 0; i < STAGES - 2; i++) fetch(i);
 
-    // Columns 16 step + pair + 8 side (+ 1) of the head of row `row` + 8 r of group g, the rotated ones of `pe`. Where there is nothing
-    // something else is loaded, so that no load waits at a branch.
-    const auto query = [&](int g, u32 step, int r, int side, const float* pe) {
+    if (t == 0) cursors[from / AHEAD % 2] = {0, 0}, rotated[0] = q.pe, rotated[1] = q.sink;
+    if (t < 16) grew[t] = 0;
+    __syncthreads();
+    {
+        // The first entries are asked for while those are made that others still write: a cache's lines are whole in the second level.
+        const u64 slot = look_up();
+        if (t < AHEAD && from + t < to) {
+            for (u32 i = 0; i < 2 * latent; i += 128) prefetch(latents + slot * latent_row + i);
+            prefetch(k_pe + slot * k_pe_row);
+        }
+    }
+    earlier_done();
+    __syncthreads();
+    for (u32 i = 0; i < STAGES - 2; i++) copy_tile(i);
+
+    // Columns col + pair (+ 1) of latents of the head of row `row` + 8 r of group g, and rotated ones of `pe`. Where there are none something
+    // else is loaded, so that no load waits at a branch.
+    const auto query = [&](int g, u32 col, int r) {
         const u32 head = group + 16 * g + row + 8 * r;
-        const bool rotated = 16 * step >= LATENT;
-        const u32 col = 16 * step + 8 * side - (rotated ? LATENT : 0);
-        const bool here = head < q.count && col < (rotated ? rope : latent);
-        const u64 at = (u64)head * (rotated ? q.pe_head : latent) + col + pair;
-        const float* const from = here ? (rotated ? pe : q.latent) + at : q.latent;
-        const float x = __ldg(from), y = __ldg(from + 1);
+        const bool here = head < q.count && col < latent;
+        const float2 x = fetch((const float2*)(q.latent + (here ? (u64)head * latent + col + pair : 0)));
+        return here ? x : make_float2(0.0f, 0.0f);
+    };
+    const auto rotated_query = [&](int g, u32 col, int r, const float* pe) {
+        const u32 head = group + 16 * g + row + 8 * r;
+        const bool here = head < q.count && col < rope;
+        const float* const from = here ? pe + (u64)head * q.pe_head + col + pair : q.latent;
+        const float x = fetch(from), y = fetch(from + 1);
         return here ? make_float2(x, y) : make_float2(0.0f, 0.0f);
     };
     // Queries in f16, each head's scaled by the power of two that suits it.
@@ -140,7 +178,13 @@ __device__ __forceinline__ void attend_part(
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
 #pragma unroll
-            for (int j = 0; j < 4 * GROUPS; j++) x[j / 4][i][j % 4] = query(j / 4, STEPS * slice + i, j % 2, j % 4 / 2, q.pe);
+            for (int j = 0; j < 4 * GROUPS; j++) x[j / 4][i][j % 4] = query(j / 4, 16 * (STEPS * slice + i) + j % 4 / 2 * 8, j % 2);
+        if (slice == SLICES - 1)
+#pragma unroll
+            for (int i = 0; i < ROTATED; i++)
+#pragma unroll
+                for (int j = 0; j < 4 * GROUPS; j++)
+                    x[j / 4][STEPS - ROTATED + i][j % 4] = rotated_query(j / 4, 16 * i + j % 4 / 2 * 8, j % 2, q.pe);
         const auto larger = [](float most, float2 x) { return fmaxf(most, fmaxf(fabsf(x.x), fabsf(x.y))); };
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
@@ -149,11 +193,11 @@ __device__ __forceinline__ void attend_part(
             for (int i = 0; i < STEPS; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) most[j % 2] = larger(most[j % 2], x[g][i][j]);
-            if (q.sink && slice == SLICES - 1)
+            if (q.sinks && slice == SLICES - 1)
 #pragma unroll
-                for (int step = LATENT / 16; step < WIDTH / 16; step++)
+                for (int i = 0; i < ROTATED; i++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) most[j % 2] = larger(most[j % 2], query(g, step, j % 2, j / 2, q.sink));
+                    for (int j = 0; j < 4; j++) most[j % 2] = larger(most[j % 2], rotated_query(g, 16 * i + j / 2 * 8, j % 2, q.sink));
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 most[r] = fmaxf(most[r], __shfl_xor_sync(ALL, most[r], 1));
@@ -165,7 +209,8 @@ __device__ __forceinline__ void attend_part(
         if (t < HEADS) {
             const float* const m = scores + t;
             powers[t] = scale_for(fmaxf(fmaxf(m[0], m[HEADS]), fmaxf(m[2 * HEADS], m[3 * HEADS])));
-            factors[t] = scale / powers[t];
+            const float factor = scale * 1.44269504f / powers[t];
+            bounds[t] = make_float2(factor, fminf(CUT / factor, 3.0e38f));
             states[HEADS + t] = make_float2(-CUT, 0.0f);
         }
         __syncthreads();
@@ -196,12 +241,12 @@ __device__ __forceinline__ void attend_part(
             for (int j = 0; j < 8 * GROUPS; j++) c[j / 8][j / 4 % 2][j % 4] = 0.0f;
 #pragma unroll
             for (int j = 0; j < 8; j++) d[j / 4][j % 4] = 0.0f;
-            const u32 at = tiles + (stage * TILE + e + line + (NT > 1 ? matrix / 2 * 8 : 0)) * PITCH;
+            const u32 at = tiles + (stage * TILE + e + line + (NT > 1 ? matrix / 2 * 8 : 0)) * PITCH + 32 * STEPS * slice + 16 * (matrix % 2);
 #pragma unroll
             for (int i = 0; i < STEPS; i++) {
                 u32 k[4];
                 // With one tile of entries the later two matrices are the former two.
-                load_matrices(k, at + 16 * ((2 * (STEPS * slice + i) + matrix % 2) ^ line));
+                load_matrices(k, at + 32 * i);
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -222,54 +267,60 @@ __device__ __forceinline__ void attend_part(
         }
     };
 
+    // A tile's weights, relative to a power of two that follows the largest: what is smaller by one is smaller exactly.
     const auto soften = [&](u32 len, u32 buffer) {
         if (mine >= HEADS) return;
         typedef Some<float, 4> Floats;
-        typedef Some<u16, 4> Halves;
-        const float factor = factors[mine], max = states[(buffer ^ 1) * HEADS + mine].x;
-        float w[PER], top = -CUT, here = 0.0f;
+        typedef Some<u32, 2> Halves;
+        const float2 bound = bounds[mine], state = states[(buffer ^ 1) * HEADS + mine];
+        float w[PER], top = -bound.y, sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < PER; j += 4) {
-            const u32 e = begin + j * LANES;
-            const float* const at = scores + mine * EDGE + e;
+            const float* const at = scores + mine * EDGE + begin + j * LANES;
             Floats s[SLICES];
 #pragma unroll
             for (int i = 0; i < SLICES; i++) s[i] = *(const Floats*)(at + i * HEADS * EDGE);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 // Infinite scores count as the largest there are, NaN as the lowest.
-                const float x = ((s[0].x[i] + s[1].x[i]) + (s[2].x[i] + s[3].x[i])) * factor;
-                w[j + i] = e + i < len ? fminf(CUT, fmaxf(-CUT, x)) : UNSEEN;
-                top = fmaxf(top, w[j + i]);
+                w[j + i] = fminf(bound.y, fmaxf(-bound.y, (s[0].x[i] + s[1].x[i]) + (s[2].x[i] + s[3].x[i])));
             }
         }
+        if (len < TILE) {
+#pragma unroll
+            for (int i = 0; i < PER; i++)
+                if (begin + i / 4 * 4 * LANES + i % 4 >= len) w[i] = __int_as_float(0xff800000);
+        }
+#pragma unroll
+        for (int i = 0; i < PER; i++) top = fmaxf(top, w[i]);
 #pragma unroll
         for (int other = LANES / 2; other > 0; other /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, other));
-        // Sums that stay where they are are not made smaller for a maximum that hardly grows.
-        const float above = top > max + (PARTS == 2 ? 0.0f : 1.0f) ? top : max, less = above == max ? 1.0f : exp_exact(max - above);
+        const float peak = top * bound.x, above = peak > state.x + 1.0f ? nearest(peak) : state.x, less = power(state.x - above);
 #pragma unroll
         for (int j = 0; j < PER; j += 4) {
-            const u32 e = begin + j * LANES;
-            float v[4];
-            Halves one, two;
+            float v[4], summed[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) v[i] = weight(fmaf(w[j + i], bound.x, -above));
+            const Halves one = {halves(v[0], v[1]), halves(v[2], v[3])};
+            u16* const put = weights + (PARTS * buffer * HEADS + mine) * EDGE + begin + j * LANES;
+            *(Halves*)put = one;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float y = e >= len ? 0.0f : PARTS == 2 ? exp_exact(w[j + i] - above) * WEIGHT : weight(w[j + i] - above);
-                one.x[i] = to_f16(y);
-                v[i] = PARTS == 2 ? y : f16(one.x[i]);
+                const float kept = f16((u16)(one.x[i / 2] >> 16 * (i % 2)));
+                summed[i] = PARTS == 2 ? v[i] : kept;
                 // Of weights below 2^-13 of the largest eleven bits do: 2^-25 of it is left out.
-                if (PARTS == 2) two.x[i] = y < 2.0f ? 0 : to_f16(y - f16(one.x[i]));
+                v[i] = v[i] < 2.0f ? 0.0f : v[i] - kept;
             }
-            here += (v[0] + v[1]) + (v[2] + v[3]);
-            u16* const put = weights + (PARTS * buffer * HEADS + mine) * EDGE + e;
-            *(Halves*)put = one;
-            if (PARTS == 2) *(Halves*)(put + HEADS * EDGE) = two;
+            sum += (summed[0] + summed[1]) + (summed[2] + summed[3]);
+            if (PARTS == 2) *(Halves*)(put + HEADS * EDGE) = {halves(v[0], v[1]), halves(v[2], v[3])};
         }
-        here = sum_lanes<LANES>(here);
+        sum = sum_lanes<LANES>(sum);
         if (begin == 0) {
             shrinks[buffer * HEADS + mine] = less;
-            states[buffer * HEADS + mine] = make_float2(above, fmaf(states[(buffer ^ 1) * HEADS + mine].y, less, here));
+            states[buffer * HEADS + mine] = make_float2(above, fmaf(state.y, less, sum));
         }
+        const bool some = __any_sync(ALL, above != state.x);
+        if (t % WARP == 0) grew[8 * buffer + warp] = some;
     };
 
     // A tile's weighted sums, this warp's columns.
@@ -280,10 +331,8 @@ __device__ __forceinline__ void attend_part(
 #pragma unroll
             for (int i = 0; i < 2 * MT; i++) shrink[i / 2][i % 2] = less[8 * i];
         } else {
-            bool some = false;
-#pragma unroll
-            for (int i = 0; i < 2 * MT; i++) some |= less[8 * i] != 1.0f;
-            if (__any_sync(ALL, some)) {
+            const uint2 some = *(const uint2*)(grew + 8 * buffer);
+            if (some.x | some.y) {
 #pragma unroll
                 for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -310,7 +359,7 @@ __device__ __forceinline__ void attend_part(
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
                 u32 v[4];
-                load_turned(v, tiles + (stage * TILE + k + line + matrix % 2 * 8) * PITCH + 16 * ((8 * warp + n + matrix / 2) ^ line));
+                load_turned(v, tiles + (stage * TILE + k + line + matrix % 2 * 8) * PITCH + 16 * (8 * warp + n + matrix / 2));
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
                     if (PARTS == 1) {
@@ -339,12 +388,12 @@ __device__ __forceinline__ void attend_part(
         }
     };
 
-    u32 kind = 0, last = 0;
-    for (u32 i = 0;; i++) {
+    u32 kind = 0, i = 0;
+    for (;; i++) {
         // Tile i is there, and nothing reads tile i - 2 any more.
         stages_done<STAGES - 3>();
         __syncthreads();
-        fetch((i + STAGES - 2) % STAGES);
+        copy_tile((i + STAGES - 2) % STAGES);
         const u32 len = lens[i % STAGES];
         if (!len) break;
         if (len >> 31 != kind) {
@@ -352,24 +401,26 @@ __device__ __forceinline__ void attend_part(
             kind = len >> 31;
             if (slice == SLICES - 1) {
 #pragma unroll
-                for (int step = LATENT / 16; step < WIDTH / 16; step++)
+                for (int i = 0; i < ROTATED; i++)
 #pragma unroll
                     for (int g = 0; g < GROUPS; g++) {
 #pragma unroll
                         for (int j = 0; j < 4; j++)
-                            take(g, step - STEPS * (SLICES - 1), j, query(g, step, j % 2, j / 2, kind ? q.sink : q.pe));
+                            take(g, STEPS - ROTATED + i, j, rotated_query(g, 16 * i + j / 2 * 8, j % 2, rotated[kind]));
                         __syncwarp(); // else all are loaded at once, and registers do not do
                     }
             }
         }
         score(i % STAGES);
         __syncthreads();
-        const u32 here = len & 0x7fffffff;
-        if (warp < SLICES) soften(here, i % 2);
-        if (i) add((i - 1) % STAGES, (i - 1) % 2);
-        if (warp >= SLICES) soften(here, i % 2);
-        last = i;
+        const u32 seen = len & ~SINK;
+#pragma unroll 1
+        for (u32 turn = 0; turn < 2; turn++) {
+            if (turn == half) soften(seen, i % 2);
+            else if (i) add((i - 1) % STAGES, (i - 1) % 2);
+        }
     }
+    const u32 last = i - 1;
     add(last % STAGES, last % 2);
 
     // [rows][heads][splits][latent + 2].
@@ -377,7 +428,9 @@ __device__ __forceinline__ void attend_part(
     float* const part = parts + ((u64)blockIdx.z * heads + blockIdx.x * HEADS) * part_head + blockIdx.y * size;
     if (t < q.count) {
         const float2 state = states[last % 2 * HEADS + t];
-        *(float2*)(part + t * part_head) = make_float2(state.x, state.y / WEIGHT);
+        // The bounds of scores stay what they are.
+        const float top = fabsf(state.x) < CUT - 4.0f ? state.x * 0.693147181f : copysignf(CUT, state.x);
+        *(float2*)(part + t * part_head) = make_float2(top, state.y / WEIGHT);
     }
 #pragma unroll
     for (int i = 0; i < MT; i++)
@@ -399,23 +452,23 @@ __device__ __forceinline__ void attend_part(
         u64 k_pe_row, u32 heads, u32 latent, u32 nope, u32 rope, float scale, const Span* spans, const u32* ends, u32 split, u32 most,\
         float* parts) {                                                                                                            \
         const u32 head = blockIdx.x * HEADS, row = blockIdx.z;                                                                     \
+        let_next_begin();                                                                                                          \
         u32 list;                                                                                                                  \
         const u32 n = seen(spans, ends, row, list), each = part_len(n, split, most), from = blockIdx.y * each;                     \
-        if (from >= n) return;                                                                                                     \
+        if (from >= n) return earlier_done();                                                                                      \
         const u32 to = n - from < each ? n : from + each, count = heads - head < HEADS ? heads - head : HEADS;                     \
         const u64 at = (u64)row * q_stride + head * (nope + rope) + nope;                                                          \
         const Queries queries = {                                                                                                  \
-            q_latent + ((u64)row * heads + head) * latent, q + at, q_sink ? q_sink + at : 0, nope + rope, count};                  \
+            q_latent + ((u64)row * heads + head) * latent, q + at, q_sink + at, q_sink != 0, nope + rope, count};                  \
         attend_part<PARTS, HEADS / 16, TILE, STAGES>(                                                                              \
             queries, latents, latent_row, k_pe, k_pe_row, latent, rope, scale, spans + list, from, to,                             \
             parts, heads);                                                                                                         \
     }
 #ifdef SMALL
-// For GPUs that give a block 99 KiB of shared memory.
+// For GPUs that give a block 99 KiB of shared memory. Their tensor cores bind blocks of 32 heads already.
 ATTEND(mla_split, 16, 2, 16, 4)
 ATTEND(mla_16, 16, 1, 16, 3)
 ATTEND(mla_32, 32, 1, 16, 3)
-ATTEND(mla_64, 64, 1, 16, 3)
 #else
 ATTEND(mla_split, 16, 2, 32, 4)
 ATTEND(mla_16, 16, 1, 32, 3)

@@ -10,6 +10,7 @@
 // from it with an operation or two a word: integers stay where they are in their bytes, and the exponent of the number that makes floats of
 // sums undoes that. A warp unpacks its scales once, a row and group in each lane, and hands them round in shared memory.
 #include "block.cuh"
+#include "overlap.cuh"
 #include "product.cuh"
 #include "products.cuh"
 
@@ -56,12 +57,19 @@ template <class F, int J, int MI>
 __device__ __forceinline__ void skinny(
     Product p, const Product& second, const Product& third, const u8* up, u32 act, u32 row_bytes, u32 blocks, const Block* x, u32 x_stride,
     u32 n) {
+    let_next_begin();
     typedef Ring<F, J, MI> R;
     extern __shared__ __align__(128) u8 memory[];
     const u32 t = threadIdx.x, lane = t % WARP, groups = F::BLOCK == 256 ? blocks : (blocks + 7) / 8, stages = (groups + GROUPS - 1) / GROUPS;
     u32 b = t / WARP;
     // With `up`, the lower half of the rows are gate's.
     const u32 made = up ? R::ROWS / 2 : R::ROWS, first = (up ? blockIdx.y : pick(p, second, third, R::ROWS, blockIdx.y)) * made, column = blockIdx.x * 8 * J;
+
+    // The beginnings of rows are asked for while others still write activations: 32 KB of a block.
+    {
+        const u32 lines = THREADS / R::ROWS, local = t / lines, at = 128 * (t % lines), feature = first + (local & (made - 1));
+        if (feature < p.rows && at < row_bytes) prefetch((local < made ? p.w : up) + (u64)feature * row_bytes + at);
+    }
 
     // What a thread copies of each stage, `to` where in it. Bit s of `ended`: there is no slot s in the last.
     const u8* from[R::SLOTS];
@@ -120,6 +128,7 @@ __device__ __forceinline__ void skinny(
         }
     };
 
+    earlier_done();
     const u32 ring = shared_address(memory);
     u32 into = 0, out_of = 0;
     auto next = [&](u32 at) { return at + R::SIZE == R::END ? 0 : at + R::SIZE; };

@@ -14,10 +14,8 @@ struct Segment {
     u32 start, end, sink;
 };
 
-// x = n + f, |f| <= 1/2: 2^f, and n (cpu/math.rs, exp2_parts).
-__device__ __forceinline__ float exp2_parts(float x, float& n) {
-    n = nearest(x);
-    const float f = x - n;
+// 2^f, |f| <= 1/2.
+__device__ __forceinline__ float exp2_near(float f) {
     float p = 0.00015353359f;
     p = fmaf(p, f, 0.0013398875f);
     p = fmaf(p, f, 0.009618437f);
@@ -25,4 +23,10 @@ __device__ __forceinline__ float exp2_parts(float x, float& n) {
     p = fmaf(p, f, 0.24022648f);
     p = fmaf(p, f, 0.6931472f);
     return fmaf(p, f, 1.0f);
+}
+
+// x = n + f, |f| <= 1/2: 2^f, and n (cpu/math.rs, exp2_parts).
+__device__ __forceinline__ float exp2_parts(float x, float& n) {
+    n = nearest(x);
+    return exp2_near(x - n);
 }
