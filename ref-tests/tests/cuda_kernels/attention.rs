@@ -221,6 +221,26 @@ fn grouped(dtype: DType, s: Shape, v: &Visible, slots: usize, seed: u64) -> (Vec
     (got, want)
 }
 
+/// What is asked of the kernels over f16 caches with one thing wrong.
+pub(crate) fn suite() {
+    for (i, (heads, kv_heads, key, value, depth)) in [
+        (1, 1, 64, 64, 1),
+        (9, 1, 96, 32, 17),
+        (6, 3, 7, 37, 40),
+        (4, 4, 32, 160, 64),
+        (17, 1, 64, 256, 130),
+        (8, 2, 128, 128, 65),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let v = visible(1 + i % 3, depth, depth + 12, i % 2 == 1);
+        let s = Shape { heads, kv_heads, key, value };
+        let (got, want) = grouped(DType::F16, s, &v, depth + 12, i as u64);
+        close(&got, &want, &format!("{s:?}, depth {depth}"));
+    }
+}
+
 #[test]
 fn grouped_heads_over_every_cache_type() {
     let shapes =

@@ -244,6 +244,19 @@ fn check(m: &Matrix, columns: usize, entries: &[Entry], seed: u64) {
     assert_bits(&gpu.read(out, m.rows), &all[0][(columns - 1) * m.rows..], || format!("{}: alone", what()));
 }
 
+/// What is asked of an entry point of Q4_K's with one thing wrong.
+pub(crate) fn suite(name: &str) {
+    let entry = [SMALL, MIDDLE, LARGE].into_iter().find(|e| e.0 == name).unwrap();
+    let (dtype, rng) = (DType::Q4_K, &mut Rng(1));
+    check(&Matrix::new(dtype, 5, 256, Fill::Even, rng), 3, &[entry], 1);
+    // Several blocks of features and of columns, the last of which are not whole.
+    let cols = if name == SMALL.0 { 768 } else { 256 };
+    check(&Matrix::new(dtype, entry.1 + 9, cols, Fill::Random, rng), entry.2 + 3, &[entry], 2);
+    if name == SMALL.0 {
+        layer_of_experts(dtype, entry, 23, 1);
+    }
+}
+
 /// Every format, at rows of one block, of stages that end halfway, and of several groups.
 #[test]
 fn products_of_every_format_are_close_to_f64() {
@@ -399,10 +412,8 @@ fn long_rows_stay_within_the_bar() {
     }
 }
 
-/// A layer of experts: gate and up with the activation between them, in one launch for all experts; and one matrix of each.
 #[test]
 fn experts_and_gates() {
-    let (experts, used, d, hidden) = (4, 2, 256, 70);
     for (act, (dtype, entry, tokens)) in [
         (DType::Q4_K, SMALL, 23),
         (DType::Q8_0, MIDDLE, 75),
@@ -413,54 +424,59 @@ fn experts_and_gates() {
     .into_iter()
     .enumerate()
     {
-        let act = act % 2;
-        let mut rng = Rng(31);
-        let mut ids: Vec<u32> = (0..tokens * used).map(|_| (rng.bits() % experts as u64) as u32).collect();
-        // One expert with more than a tile, one without any job, one with one at least.
-        let many = if entry.2 == 128 { 133 } else { 34.min(tokens) };
-        ids.iter_mut().enumerate().for_each(|(i, e)| *e = if i < many || *e == 3 { 1 } else { *e });
-        ids[tokens * used - 1] = 0;
-        let (order, tiles) = sorted(&ids, entry.2, experts);
-        let [gate, up] = [0, 1].map(|_| Matrix::new(dtype, experts * hidden, d, Fill::Even, &mut rng));
-        let x = rng.activations(tokens * d);
-        let mut gpu = gpu_of(dtype);
-        let (x_rows, _) = half_rows(&mut gpu, &x, d);
-        let [dg, du] = [&gate, &up].map(|m| m.upload(&mut gpu));
-        let grouped = (gpu.words(&order), gpu.words(&tiles), tiles.len() / 3);
-        let by = |up| Job { matrix_rows: hidden, grouped, share: used, up, act, ..Job::of(ids.len()) };
-        let [gated, gate_alone, up_alone] = [(dg, du), (dg, (0, 0)), (du, (0, 0))].map(|(w, up)| {
-            let out = gpu.room(ids.len() * hidden);
-            run(&mut gpu, entry, &gate, w, x_rows, by(up), out);
-            gpu.read(out, ids.len() * hidden)
+        layer_of_experts(dtype, entry, tokens, act % 2);
+    }
+}
+
+/// A layer of experts: gate and up with the activation between them, in one launch for all experts; and one matrix of each.
+fn layer_of_experts(dtype: DType, entry: Entry, tokens: usize, act: usize) {
+    let (experts, used, d, hidden) = (4, 2, 256, 70);
+    let mut rng = Rng(31);
+    let mut ids: Vec<u32> = (0..tokens * used).map(|_| (rng.bits() % experts as u64) as u32).collect();
+    // One expert with more than a tile, one without any job, one with one at least.
+    let many = if entry.2 == 128 { 133 } else { 34.min(tokens) };
+    ids.iter_mut().enumerate().for_each(|(i, e)| *e = if i < many || *e == 3 { 1 } else { *e });
+    ids[tokens * used - 1] = 0;
+    let (order, tiles) = sorted(&ids, entry.2, experts);
+    let [gate, up] = [0, 1].map(|_| Matrix::new(dtype, experts * hidden, d, Fill::Even, &mut rng));
+    let x = rng.activations(tokens * d);
+    let mut gpu = gpu_of(dtype);
+    let (x_rows, _) = half_rows(&mut gpu, &x, d);
+    let [dg, du] = [&gate, &up].map(|m| m.upload(&mut gpu));
+    let grouped = (gpu.words(&order), gpu.words(&tiles), tiles.len() / 3);
+    let by = |up| Job { matrix_rows: hidden, grouped, share: used, up, act, ..Job::of(ids.len()) };
+    let [gated, gate_alone, up_alone] = [(dg, du), (dg, (0, 0)), (du, (0, 0))].map(|(w, up)| {
+        let out = gpu.room(ids.len() * hidden);
+        run(&mut gpu, entry, &gate, w, x_rows, by(up), out);
+        gpu.read(out, ids.len() * hidden)
+    });
+    let (all, scale) = exact(&wide(&gate.values()), &wide(&x), d);
+    for (j, e) in ids.iter().enumerate() {
+        let at = (j / used * experts + *e as usize) * hidden;
+        let of = |v: &[f64]| v[at..at + hidden].to_vec();
+        let what = || format!("{dtype}, job {j}");
+        assert_close(&gate_alone[j * hidden..][..hidden], &of(&all), &of(&scale), BAR, what);
+    }
+    let mut plain = Gpu::new(module("rows").unwrap());
+    let (a, b, len) = (plain.floats(&gate_alone), plain.floats(&up_alone), gated.len());
+    plain.run("glu", [len.div_ceil(256), 1], 256, &[p(a), n(len), p(b), n(len), n(len), n(act)]);
+    assert_bits(&gated, &plain.read(a, len), || format!("{dtype}: gate and up at once"));
+    // Without experts, on blocks of the other sizes.
+    let first = ids.iter().position(|e| *e == 0).unwrap();
+    for e in [LARGE, MIDDLE, SMALL] {
+        let out = gpu.room(tokens * hidden);
+        run(
+            &mut gpu,
+            e,
+            &gate,
+            dg,
+            x_rows,
+            Job { grouped: (0, 0, 0), columns: tokens, share: 1, ..by(du) },
+            out,
+        );
+        let got = gpu.read(out, tokens * hidden);
+        assert_bits(&gated[first * hidden..][..hidden], &got[first / used * hidden..][..hidden], || {
+            e.0.into()
         });
-        let (all, scale) = exact(&wide(&gate.values()), &wide(&x), d);
-        for (j, e) in ids.iter().enumerate() {
-            let at = (j / used * experts + *e as usize) * hidden;
-            let of = |v: &[f64]| v[at..at + hidden].to_vec();
-            let what = || format!("{dtype}, job {j}");
-            assert_close(&gate_alone[j * hidden..][..hidden], &of(&all), &of(&scale), BAR, what);
-        }
-        let mut plain = Gpu::new(module("rows").unwrap());
-        let (a, b, len) = (plain.floats(&gate_alone), plain.floats(&up_alone), gated.len());
-        plain.run("glu", [len.div_ceil(256), 1], 256, &[p(a), n(len), p(b), n(len), n(len), n(act)]);
-        assert_bits(&gated, &plain.read(a, len), || format!("{dtype}: gate and up at once"));
-        // Without experts, on blocks of the other sizes.
-        let first = ids.iter().position(|e| *e == 0).unwrap();
-        for e in [LARGE, MIDDLE, SMALL] {
-            let out = gpu.room(tokens * hidden);
-            run(
-                &mut gpu,
-                e,
-                &gate,
-                dg,
-                x_rows,
-                Job { grouped: (0, 0, 0), columns: tokens, share: 1, ..by(du) },
-                out,
-            );
-            let got = gpu.read(out, tokens * hidden);
-            assert_bits(&gated[first * hidden..][..hidden], &got[first / used * hidden..][..hidden], || {
-                e.0.into()
-            });
-        }
     }
 }

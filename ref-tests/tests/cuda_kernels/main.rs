@@ -6,6 +6,7 @@ mod half;
 mod matmul;
 mod matvec;
 mod mla;
+mod mutants;
 mod prompt;
 mod prompt_half;
 mod router;
@@ -23,6 +24,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 /// all memory but constants were still being written by others: they must leave the same bytes.
 pub(crate) struct Gpu {
     pub(crate) machine: Machine,
+    /// Of the module, if it ships.
+    name: &'static str,
     module: Arc<Text>,
     overlaps: bool,
     /// The other of two such texts. A GPU runs the first: the newer, if it takes it.
@@ -40,10 +43,13 @@ fn parsed(ptx: &'static Ptx) -> Arc<Text> {
 
 impl Gpu {
     pub(crate) fn new(ptx: &'static Ptx) -> Self {
+        let mut gpu = Self { name: ptx.name, ..Self::of(parsed(ptx)) };
+        if mutants::active() {
+            return gpu;
+        }
         // Of three texts the middle one is what the newest is without that.
         let latest = text_for(ptx.module(), 89).is_some_and(|t| t.name == ptx.name);
         let newer = text_for(ptx.module(), 90).filter(|n| latest && n.overlaps());
-        let mut gpu = Self::of(parsed(ptx));
         gpu.other = newer.map(parsed);
         if device().is_some_and(|d| d.capability() >= (9, 0))
             && let Some(newer) = &mut gpu.other
@@ -55,7 +61,8 @@ impl Gpu {
     }
 
     fn of(module: Arc<Text>) -> Self {
-        Self { machine: Machine::new(), module, overlaps: false, other: None, constants: Vec::new() }
+        let machine = if mutants::active() { Machine::alone() } else { Machine::new() };
+        Self { machine, name: "", module, overlaps: false, other: None, constants: Vec::new() }
     }
 
     /// Of a text that ships, or of one of a test's own.
@@ -135,6 +142,11 @@ impl Gpu {
     ) -> Result<(), PtxError> {
         self.machine.set_limit(3_000_000);
         let grid = grid.map(|n| n as u32);
+        if let Some((text, limit)) = mutants::stands_in(self.name, kernel) {
+            limit.into_iter().for_each(|n| self.machine.set_limit(n));
+            let block = [threads, 1, 1];
+            return self.machine.launch(&text, kernel, grid, block, 4 * shared, params).map(mutants::took);
+        }
         let twin = self.other.as_ref().map(|_| self.machine.copy());
         let run = |machine: &mut Machine, text: &Text, overlaps: bool| match overlaps {
             true => machine.launch_overlapping(text, kernel, grid, [threads, 1, 1], 4 * shared, params),
