@@ -47,11 +47,11 @@ MODULES = (
     + [(f"{s}_{a.lower()}_{b.lower()}", f"{s}.cu", f"{a},SECOND={b}", 75) for s in ["attention", "prompt", "mass"] for a, b in PAIRS]
     + [("mla_f16_sm80", "mla.cu", "F16", 80), ("mla_small_f16_sm80", "mla.cu", "F16,SMALL", 80)]
     + [(name, f"{name}.cu", None, 75) for name in ["cache", "round", "router", "rows"]]
-    + [("prompt_half_f16_sm80", "prompt_half.cu", "F16", 80)]
+    + [(f"{s}_sm80", f"{s}.cu", None, 80) for s in ["prompt_half", "attend_half"]]
 )
 # What decoding launches, in texts of kernels that begin while the one before ends (overlap.cuh).
 OVERLAPS = {"matvec.cu": 75, "float.cu": 75, "attention.cu": 75, "store.cu": 75, "round.cu": 75, "router.cu": 75, "rows.cu": 75}
-OVERLAPS |= {"skinny.cu": 80, "mla.cu": 80}
+OVERLAPS |= {"skinny.cu": 80, "mla.cu": 80, "attend_half.cu": 80}
 MODULES += [(f"{n.removesuffix('_sm80')}_sm90", source, fmt, 90) for n, source, fmt, arch in MODULES if OVERLAPS.get(source) == arch]
 
 

@@ -1,11 +1,8 @@
-//! Rows of prompts on f16 tensor cores: times weights of all types but F32 (`src/matmul_half.cu`), and which attention takes them
-//! (`src/prompt_half.cu`). Knows shapes; nothing of requests.
+//! Rows of prompts on f16 tensor cores: times weights of all types but F32 (`src/matmul_half.cu`). Knows shapes; nothing of requests.
 
 use super::launch::{Launcher, TILE_COLUMNS, many_outputs, n, p};
 use super::layout;
-use super::modules::Ptx;
-use super::operands::{Gqa, Halves, Matrix, Product, Sorted};
-use super::plan;
+use super::operands::{Halves, Matrix, Product, Sorted};
 use crate::{Activation, KernelError, Weight};
 use quant::DType;
 
@@ -69,20 +66,5 @@ impl Launcher {
         let tiles = jobs.map_or(out.rows.div_ceil(columns), |j| j.count);
         let grid = [tiles, w.rows.div_ceil(features / halves), 1];
         self.run(self.of("matmul_half", w.dtype)?, entry, grid, threads, shared / 4, &args)
-    }
-
-    /// The kernel of a prompt's rows on tensor cores, where there is one for these heads: its dimensions.
-    pub(super) fn prompt_half(&self, a: &Gqa) -> Option<(&'static Ptx, &'static str, usize)> {
-        let name = format!("prompt_half_{}", a.k.dtype.name().to_ascii_lowercase());
-        let text = self.text(&name).filter(|_| a.k.dtype == a.v.dtype)?;
-        let all = [("prompt_64", 64), ("prompt_96", 96), ("prompt_128", 128)];
-        let fits = a.key.is_multiple_of(8) && a.value.is_multiple_of(8);
-        let (entry, dims) = all.into_iter().find(|e| fits && a.key.max(a.value) <= e.1)?;
-        Some((text, entry, dims))
-    }
-
-    /// Lanes of a tile of a prompt's rows.
-    pub fn prompt_lanes(&self, a: &Gqa) -> usize {
-        if self.prompt_half(a).is_some() { plan::HALF_LANES } else { plan::LANES }
     }
 }

@@ -1,6 +1,7 @@
 //! The kernels as typed calls: one function for each entry point of `src/*.cu`, the only place that launches one. Shapes were checked
 //! by `Device`; what is checked here is what the kernels themselves ask for. Knows addresses and strides; nothing of what is computed.
 
+mod attention;
 mod rows;
 mod skinny;
 
@@ -10,7 +11,7 @@ pub use skinny::Skinny;
 use super::gpu::{Arg, Counted, GpuError, GpuInfo, KernelId, Launch};
 use super::layout;
 use super::modules::{self, Ptx};
-use super::operands::{Cache, Floats, Gqa, Input, Jobs, Lists, Matrix, Product, Sorted, Tiles};
+use super::operands::{Cache, Floats, Input, Jobs, Matrix, Product, Sorted};
 use crate::{Activation, Gating, GroupScore, Groups, KernelError, RopeHeads, RopeStyle};
 use quant::DType;
 use std::collections::HashMap;
@@ -83,30 +84,6 @@ fn three(products: &[Product]) -> Result<Vec<Arg>, KernelError> {
 /// The entry for so many columns, and the rows that a warp of it makes.
 fn for_columns<T: Copy>(entries: [T; 4], x: Input, jobs: Option<(u64, usize)>) -> T {
     entries[jobs.map_or(x.float.rows, |_| 1).next_power_of_two().ilog2() as usize]
-}
-
-// What every kernel of attention is told, in the order of their parameters.
-impl Gqa {
-    fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
-    fn queries(&self) -> Result<[Arg; 5], KernelError> {
-        let k = p(self.k.row_bytes() as u64);
-        Ok([p(self.q.at), p(self.q_sink), n(self.q.stride)?, p(self.k.at), k])
-    }
-
-    fn values(&self) -> [Arg; 2] {
-        [p(self.v.at), p(self.v.row_bytes() as u64)]
-    }
-
-    fn grouping(&self) -> Result<[Arg; 2], KernelError> {
-        Ok([n(self.kv_heads)?, n(self.group())?])
-    }
-
-    fn shape(&self) -> Result<[Arg; 3], KernelError> {
-        Ok([n(self.key)?, n(self.value)?, Arg::F32(self.scale)])
-    }
 }
 
 /// Columns of a tile of products on tensor cores.
@@ -476,33 +453,6 @@ impl Launcher {
         self.run(self.base("router")?, "sort_experts", [experts, 1, 1], 256, experts, &args)
     }
 
-    /// Whether prompts over such caches go in tiles; others go row by row.
-    pub fn takes_prompts(&self, first: Cache, second: Cache, value: usize) -> bool {
-        value <= 256 && self.pair("prompt", first, second).is_ok()
-    }
-
-    /// Attention of a prompt's rows; out `[rows, heads * value]`.
-    pub fn prompt(&self, a: &Gqa, t: Tiles, out: Floats) -> Result<(), KernelError> {
-        let (m, entry, shared) = match (self.prompt_half(a), a.value) {
-            // Three stages of 32 rows of keys and values, padded.
-            (Some((m, entry, dims)), _) => (m, entry, 3 * 32 * 2 * (2 * dims + 16) / 4),
-            (None, 0..=128) => (self.pair("prompt", a.k, a.v)?, "prompt_2", 0),
-            (None, 129..=256) => (self.pair("prompt", a.k, a.v)?, "prompt_4", 0),
-            _ => return refuse(format!("prompts with heads of {} values; 256 are possible", a.value)),
-        };
-        let group = a.group();
-        let args = [
-            &a.queries()?[..],
-            &a.values(),
-            &a.grouping()?,
-            &[n(t.heads)?],
-            &a.shape()?,
-            &[p(t.tiles), p(t.segments), p(t.ranges), p(out.at), n(out.stride)?],
-        ]
-        .concat();
-        self.run(m, entry, [t.count, a.kv_heads * group.div_ceil(t.heads), 1], 256, shared, &args)
-    }
-
     /// `out[r][h] = sum_i x[r][h * step + i] w[h * head_rows + i]` over the first `len` rows of each head; out `[rows, heads, cols]`.
     pub fn transposed(
         &self,
@@ -595,72 +545,6 @@ impl Launcher {
             ];
             self.run(m, "route", [1, l.rows, 1], 32, 2 * l.cols + count, &args)
         })
-    }
-
-    /// Parts `[rows, heads, splits, value + 2]` of grouped-query attention.
-    pub fn attend(&self, a: &Gqa, l: Lists, parts: u64) -> Result<(), KernelError> {
-        if a.value > MAX_VALUE {
-            return refuse(format!("heads of {} values; {MAX_VALUE} are possible", a.value));
-        }
-        let m = self.pair("attention", a.k, a.v)?;
-        let group = a.group();
-        let args = [
-            &a.queries()?[..],
-            &a.values(),
-            &a.grouping()?,
-            &a.shape()?,
-            &[p(l.spans), p(l.ends), n(l.parts.split)?, p(parts)],
-        ]
-        .concat();
-        let grid = [l.splits, a.kv_heads * group.div_ceil(HEADS), l.rows];
-        self.run(m, "attend", grid, 128, TILE * (a.key + 1), &args)
-    }
-
-    /// The parts put together: out `[rows, heads * value]`; the caches only say which module is loaded already.
-    pub fn merge(
-        &self,
-        (first, second): (Cache, Cache),
-        parts: u64,
-        (heads, value): (usize, usize),
-        l: Lists,
-        out: Floats,
-    ) -> Result<(), KernelError> {
-        let m = self.pair("attention", first, second)?;
-        let args = [
-            p(parts),
-            n(l.splits)?,
-            n(value)?,
-            p(l.spans),
-            p(l.ends),
-            n(l.parts.split)?,
-            n(l.parts.most)?,
-            p(out.at),
-            n(out.stride)?,
-        ];
-        self.run(m, "merge", [heads, l.rows, 1], 128, 0, &args)
-    }
-
-    /// Adds the probabilities of row `row` to mass `[kv_heads, slots]`, after `attend`.
-    pub fn mass(&self, a: &Gqa, l: Lists, row: usize, parts: u64, mass: Floats) -> Result<(), KernelError> {
-        let m = self.pair("mass", a.k, a.v)?;
-        let group = a.group();
-        let args = [
-            &a.queries()?[..],
-            &a.grouping()?,
-            &a.shape()?,
-            &[
-                p(l.spans),
-                p(l.ends),
-                n(row)?,
-                n(l.parts.split)?,
-                p(parts),
-                n(l.splits)?,
-                p(mass.at),
-                n(mass.stride)?,
-            ],
-        ]
-        .concat();
-        self.run(m, "mass", [l.longest.div_ceil(64), a.kv_heads, 1], 128, 2 * group, &args)
     }
 
     /// The module of a kind for a layer's two caches.

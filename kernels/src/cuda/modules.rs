@@ -59,7 +59,7 @@ modules! {
     matmul_half_q4_0_sm80 matmul_half_q4_1_sm80 matmul_half_q5_0_sm80 matmul_half_q5_1_sm80 matmul_half_q8_0_sm80
     matmul_half_q2_k_sm80 matmul_half_q3_k_sm80 matmul_half_q4_k_sm80 matmul_half_q5_k_sm80 matmul_half_q6_k_sm80
     matmul_half_q8_k_sm80 matmul_half_iq4_nl_sm80 matmul_half_iq4_xs_sm80 matmul_half_mxfp4_sm80 matmul_half_f16_sm80
-    matmul_half_bf16_sm80 prompt_half_f16_sm80
+    matmul_half_bf16_sm80 prompt_half_sm80 attend_half_sm80
     attention_f32 attention_f16 attention_bf16 attention_q8_0 attention_q4_0
     prompt_f32 prompt_f16 prompt_bf16 prompt_q8_0 prompt_q4_0
     mass_f32 mass_f16 mass_bf16 mass_q8_0 mass_q4_0
@@ -78,7 +78,7 @@ modules! {
     skinny_q3_k_sm90 skinny_q4_k_sm90 skinny_q5_k_sm90 skinny_q6_k_sm90 skinny_q8_k_sm90 skinny_iq4_nl_sm90
     skinny_iq4_xs_sm90 skinny_mxfp4_sm90 mla_f16_sm90 mla_small_f16_sm90
     store_f32_sm90 store_f16_sm90 store_bf16_sm90 store_q8_0_sm90 store_q4_0_sm90
-    round_sm90 router_sm90 rows_sm90
+    round_sm90 router_sm90 rows_sm90 attend_half_sm90
 }
 
 /// Unpacked when it is first asked for, and kept.

@@ -9,7 +9,7 @@ use std::ops::Range;
 pub const BLOCK_BYTES: usize = 448;
 /// How a row's list is cut into parts: of `split` entries; or, with `most` > 0, into eight of `split` to four times that, and into more of
 /// the larger up to `most`. Decided by the layer and the row's own length, so that bits do not depend on what else there is. `part_len` of
-/// src/cached.cuh.
+/// src/lists.cuh.
 #[derive(Clone, Copy, Debug)]
 pub struct Parts {
     pub split: usize,
@@ -17,8 +17,8 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Of grouped heads.
-    pub const GROUPED: Self = Self { split: 128, most: 0 };
+    /// Of grouped heads. With two key heads 64 parts of one row are a block for each multiprocessor of a large GPU; more only write more.
+    pub const GROUPED: Self = Self { split: 128, most: 64 };
 
     /// Of absorbed MLA. A part's sums are as long as the latents it read for 128 heads and 230 entries, and its queries as those of 256: some
     /// 128 blocks of up to 64 heads fill a GPU, more only write more; of a short row smaller parts, since else only few multiprocessors would

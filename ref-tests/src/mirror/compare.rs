@@ -6,11 +6,18 @@ use kernels::cuda::modules::Ptx;
 /// How far a kernel may be from the interpreter, as a share of the largest value of its result: module (its beginning), entry point
 /// (its beginning), bar. The first that fits counts. They are asked for only where a kernel has `mma` on floats: how hardware rounds the
 /// sum inside of one is not defined; everything else must have the interpreter's bits.
-/// Where one part of f16 is made of a softmax's weight (MLA of many heads), a score that differs in its last bits may put the weight on the
-/// other side of a boundary: a 2048th of it.
+/// Where one part of f16 is made of a softmax's weight (prompts; decoding with many heads), a score that differs in its last bits may put the
+/// weight on the other side of a boundary: a 2048th of it.
 /// Rows of prompts times block formats are summed in place over whole rows.
-const BARS: &[(&str, &str, f32)] =
-    &[("mla", "mla_split", 1e-5), ("mla", "mla_", 1e-3), ("matmul_half", "", 5e-4), ("", "", 1e-5)];
+const BARS: &[(&str, &str, f32)] = &[
+    ("mla", "mla_split", 1e-5),
+    ("mla", "mla_", 1e-3),
+    ("prompt_half", "", 1e-3),
+    ("attend_half", "attend_many", 1e-3),
+    ("attend_half", "packed_many", 1e-3),
+    ("matmul_half", "", 5e-4),
+    ("", "", 1e-5),
+];
 
 /// The bar of a kernel that cannot be exact.
 pub fn bar(ptx: &Ptx, entry: &str) -> Option<f32> {

@@ -129,6 +129,23 @@ fn blocks_of_all_sizes_share_heads() {
     assert!(d.top1 == 1.0 && d.mean_kl <= 5e-6 && d.max_kl <= 2e-5, "{d:?}");
 }
 
+/// Attention on tensor cores, of prompts longer than gemma3's window and of what is decoded: as near to Hugging Face as the CPU over the same
+/// caches, whose rounding is what is left.
+#[test]
+fn newer_gpus_attend_on_tensor_cores() {
+    let dev = Interpreted::like((9, 0), 1 << 30).device().expect("the kernels load");
+    for (name, cache) in [("gemma3", DType::F16), ("gemma3", DType::Q8_0), ("llama3", DType::Q8_0)] {
+        let (_, vocab, reference) = read_npy(&fixture(name).join("logits.npy"));
+        let distance = |dev| compare(&reference[..19 * vocab], &logits(name, dev, 19, 19, cache), vocab);
+        let (cpu, gpu) = (distance(None), distance(Some(&dev)));
+        println!("{name}, {cache}: {gpu:?}, the CPU {cpu:?}");
+        assert!(gpu.mean_kl <= 2.0 * cpu.mean_kl && gpu.top1 == 1.0, "{name}, {cache}: {gpu:?}, not {cpu:?}");
+    }
+    one_by_one("quantised/q-gemma3-qat", DType::F16, &dev);
+    forgetting("llama3", "sinks:2+window:6", DType::F16, &dev, 1e-5);
+    same_in_batches("gemma3", &dev);
+}
+
 /// Neither the batch nor what was computed before changes a bit.
 #[test]
 fn batches_do_not_change_a_bit() {

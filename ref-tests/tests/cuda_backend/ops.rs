@@ -1,7 +1,7 @@
 //! Every operation against the CPU backend on random shapes: windows into wider buffers, more rows than a kernel takes at once, all
 //! formats and cache types. Same bits where the CPU fuses multiply-adds as a GPU does; attention, whose order is its own, to a bar.
 
-use crate::gpu;
+use crate::{asked, gpu};
 use kernels::cpu::CpuBackend;
 use kernels::cpu::isa::Isa;
 use kernels::testing::{Fill, Rng, weights};
@@ -331,9 +331,12 @@ fn attention_over_every_cache_type() {
             [plain, all(dev, &mass)].concat()
         };
         let what = format!("attention over {dtype} and {second}");
-        both(&what, 1e-5, run);
-        if dtype != second {
-            on(&Interpreted::like((9, 0), 1 << 30).device().unwrap(), &what, 1e-5, run);
+        // On tensor cores queries, weights and what caches hold are rounded to f16.
+        let halves = small.contains(&dtype) && small.contains(&second);
+        let newer = if halves { 1e-3 } else { 1e-5 };
+        both(&what, if asked().is_some() { newer } else { 1e-5 }, run);
+        if halves {
+            on(&Interpreted::like((9, 0), 1 << 30).device().unwrap(), &what, newer, run);
         }
     }
 }

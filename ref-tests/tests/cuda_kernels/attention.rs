@@ -39,7 +39,7 @@ pub(crate) fn cache_of(gpu: &mut Gpu, dtype: DType, width: usize, rows: &[f32]) 
 }
 
 /// The lists as the device takes them: (start, len, sink) and the end of each row's part; the longest list.
-fn lists(gpu: &mut Gpu, visible: &Visible) -> (u64, u64, usize) {
+pub(crate) fn lists(gpu: &mut Gpu, visible: &Visible) -> (u64, u64, usize) {
     let (mut spans, mut ends) = (Vec::new(), Vec::new());
     for i in 0..visible.rows() {
         spans.extend(visible.row(i).iter().flat_map(|s| [s.start, s.len, u32::from(s.sink)]));
@@ -73,6 +73,20 @@ pub(crate) fn visible(rows: usize, depth: usize, slots: usize, ring: bool) -> Vi
     v
 }
 
+/// The mean of the values by these weights, in f64.
+pub(crate) fn weighed(
+    entries: &[(usize, bool)],
+    weights: &[f64],
+    value: impl Fn(usize) -> Vec<f64>,
+) -> Vec<f64> {
+    let sum: f64 = weights.iter().sum();
+    let mut out = vec![0.0; value(entries[0].0).len()];
+    for ((slot, _), weight) in entries.iter().zip(weights) {
+        out.iter_mut().zip(value(*slot)).for_each(|(o, v)| *o += weight / sum * v);
+    }
+    out
+}
+
 /// Softmax of the scores and the weighted sum of the values, in f64.
 fn attend(
     entries: &[(usize, bool)],
@@ -81,13 +95,8 @@ fn attend(
 ) -> Vec<f64> {
     let scores: Vec<f64> = entries.iter().map(|(slot, sink)| score(*slot, *sink)).collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-    let mut out = vec![0.0; value(entries[0].0).len()];
-    for ((slot, _), s) in entries.iter().zip(&scores) {
-        let weight = (s - max).exp() / sum;
-        out.iter_mut().zip(value(*slot)).for_each(|(o, v)| *o += weight * v);
-    }
-    out
+    let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+    weighed(entries, &weights, value)
 }
 
 pub(crate) fn entries(v: &Visible, row: usize) -> Vec<(usize, bool)> {
@@ -133,7 +142,7 @@ pub(crate) fn close(got: &[f32], want: &[f64], what: &str) {
     }
 }
 
-const SPLIT: usize = 64;
+pub(crate) const SPLIT: usize = 64;
 
 /// Adds up the parts of `heads` heads.
 fn merge(
@@ -213,6 +222,7 @@ fn grouped(dtype: DType, s: Shape, v: &Visible, slots: usize, seed: u64) -> (Vec
         p(l.0),
         p(l.1),
         n(SPLIT),
+        n(0),
         p(parts),
     ];
     g.run_shared("attend", [splits, kv_heads * group.div_ceil(8), rows], 128, 16 * (key + 1), &params);

@@ -1,6 +1,7 @@
 //! Every committed PTX kernel, run by the PTX interpreter, against its scalar twin on the CPU: same bits where the twin's order of
 //! summation is the kernel's too. With `RSINFER_TEST_GPU=cuda:0` each launch runs on that GPU as well, and gives the interpreter's bytes.
 
+mod attend_half;
 mod attention;
 mod half;
 mod matmul;

@@ -104,15 +104,15 @@ __device__ __forceinline__ void attend_part(
 // for 16 rows of key_dim + 1 floats. parts [rows][heads][splits][value_dim + 2], of which a row writes as many as its list has.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(
     const float* q, const float* q_sink, u32 q_stride, const u8* k, u64 k_row, const u8* v, u64 v_row, u32 kv_heads, u32 group,
-    u32 key_dim, u32 value_dim, float scale, const Span* spans, const u32* ends, u32 split, float* parts) {
+    u32 key_dim, u32 value_dim, float scale, const Span* spans, const u32* ends, u32 split, u32 most, float* parts) {
     let_next_begin();
     const u32 blocks = (group + HEADS - 1) / HEADS, g = blockIdx.y / blocks, first = blockIdx.y % blocks * HEADS;
-    const u32 row = blockIdx.z, from = blockIdx.x * split, head = g * group + first;
+    const u32 row = blockIdx.z, head = g * group + first;
     u32 list;
-    const u32 n = seen(spans, ends, row, list);
+    const u32 n = seen(spans, ends, row, list), each = part_len(n, split, most), from = blockIdx.x * each;
     earlier_done();
     if (from >= n) return;
-    const u32 to = n - from < split ? n : from + split, count = group - first < HEADS ? group - first : HEADS;
+    const u32 to = n - from < each ? n : from + each, count = group - first < HEADS ? group - first : HEADS;
     const Cache keys = {k, k_row, kv_heads * key_dim};
     const Other none = {0, 0, 0}, values = {v, v_row, kv_heads * value_dim};
     const u64 part = value_dim + 2, at = (u64)row * q_stride + head * key_dim;
@@ -145,23 +145,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_mla(
         parts + (((u64)row * heads + head) * gridDim.x + blockIdx.x) * part, gridDim.x * part);
 }
 
-// out[row][head] = the parts put together, in order. The grid: (heads, rows), 128 threads.
+// out[row][head] = the parts put together, in order: at most 128. The grid: (heads, rows), 128 threads.
 extern "C" __global__ void __launch_bounds__(THREADS) merge(
     const float* parts, u32 splits, u32 value, const Span* spans, const u32* ends, u32 split, u32 most, float* out, u32 out_stride) {
     let_next_begin();
-    const u32 head = blockIdx.x, row = blockIdx.y;
+    __shared__ float maxima[THREADS], weights[THREADS], sums[THREADS];
+    const u32 head = blockIdx.x, row = blockIdx.y, t = threadIdx.x;
     u32 list;
     const u32 n = part_count(seen(spans, ends, row, list), split, most);
     earlier_done();
     const u64 part = value + 2;
     parts += ((u64)row * gridDim.x + head) * splits * part;
-    float max = parts[0];
-    for (u32 s = 1; s < n; s++) max = fmaxf(max, parts[s * part]);
-    float sum = 0.0f;
-    for (u32 s = 0; s < n; s++) sum = fmaf(parts[s * part + 1], exp_exact(parts[s * part] - max), sum);
-    for (u32 i = threadIdx.x; i < value; i += THREADS) {
+    const float own = parts[(t < n ? t : 0) * part];
+    maxima[t] = own;
+    __syncthreads();
+    float max = own, sum = 0.0f;
+#pragma unroll 1
+    for (u32 s = 0; s < n; s++) max = fmaxf(max, maxima[s]);
+    weights[t] = exp_exact(own - max);
+    sums[t] = t < n ? parts[t * part + 1] : 0.0f;
+    __syncthreads();
+#pragma unroll 1
+    for (u32 s = 0; s < n; s++) sum = fmaf(sums[s], weights[s], sum);
+#pragma unroll 1
+    for (u32 i = t; i < value; i += THREADS) {
         float y = 0.0f;
-        for (u32 s = 0; s < n; s++) y = fmaf(parts[s * part + 2 + i], exp_exact(parts[s * part] - max), y);
+#pragma unroll 8
+        for (u32 s = 0; s < n; s++) y = fmaf(parts[s * part + 2 + i], weights[s], y);
         out[(u64)row * out_stride + head * value + i] = y / sum;
     }
 }

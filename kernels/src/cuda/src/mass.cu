@@ -42,9 +42,10 @@ __device__ __forceinline__ void add_mass(
 }
 
 // Of row `row` of grouped-query attention. The grid: (any number, kv_heads), 128 threads, shared memory for 2 * group floats.
-extern "C" __global__ void __launch_bounds__(WARPS * WARP) mass(
+extern "C" __global__ void __launch_bounds__(WARPS * WARP, 8) mass(
     const float* q, const float* q_sink, u32 q_stride, const u8* k, u64 k_row, u32 kv_heads, u32 group, u32 key_dim, u32 value_dim,
-    float scale, const Span* spans, const u32* ends, u32 row, u32 split, const float* parts, u32 splits, float* mass, u32 mass_stride) {
+    float scale, const Span* spans, const u32* ends, u32 row, u32 split, u32 most, const float* parts, u32 splits, float* mass,
+    u32 mass_stride) {
     u32 list;
     const u32 n = seen(spans, ends, row, list), g = blockIdx.y;
     const Cache keys = {k, k_row, kv_heads * key_dim};
@@ -52,11 +53,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) mass(
     const u64 part = value_dim + 2, at = (u64)row * q_stride + g * group * key_dim;
     add_mass(
         keys, g * key_dim, key_dim, none, q + at, key_dim, 0, 0, q_sink ? q_sink + at : 0, group, scale, spans + list, n,
-        part_count(n, split, 0), parts + ((u64)row * kv_heads + g) * group * splits * part, splits, part, mass + (u64)g * mass_stride);
+        part_count(n, split, most), parts + ((u64)row * kv_heads + g) * group * splits * part, splits, part, mass + (u64)g * mass_stride);
 }
 
 // Of row `row` of absorbed MLA. The grid: (any number), 128 threads, shared memory for 2 * heads floats.
-extern "C" __global__ void __launch_bounds__(WARPS * WARP) mass_mla(
+extern "C" __global__ void __launch_bounds__(WARPS * WARP, 8) mass_mla(
     const float* q_latent, const float* q, const float* q_sink, u32 q_stride, const u8* latents, u64 latent_row, const u8* k_pe,
     u64 k_pe_row, u32 heads, u32 latent, u32 nope, u32 rope, float scale, const Span* spans, const u32* ends, u32 row, u32 split,
     u32 most, const float* parts, u32 splits, float* mass) {

@@ -1,27 +1,14 @@
-// Attention of a prompt's rows with grouped heads over f16 caches on tensor cores. From sm_80 on.
+// Attention of a prompt's rows with grouped heads over f16, q8_0 and q4_0 caches on tensor cores (lanes.cuh). From sm_80 on.
 //
-// A block takes up to 128 lanes, a lane being one query head of one row, all of which share keys, and walks the slots that any of its rows
-// sees, 32 at a time, at multiples of 32 (the plan: kernels/src/cuda/plan.rs). A warp has 16 lanes: queries, scores, weights and sums stay
-// in its registers. Keys and values come by copies that run on their own, STAGES - 1 blocks of slots ahead.
-//
-// Queries and weights go in two f16 parts (half.cuh), so a product costs two instructions. Chains of instructions are short, since tensor
-// cores cut what they add: two steps of 16 dimensions for scores, 32 entries for sums; what they give is added in f32. Softmax in powers
-// of two whose maximum is an integer, as everywhere. What a lane gets depends on its own entries and their slots modulo 32 alone.
-#include "cached.cuh"
-#include "half.cuh"
-#include "softmax.cuh"
+// A block takes up to 128 lanes, all of which share keys, and walks the slots that any of its rows sees, 32 at a time, at multiples of 32
+// (the plan: kernels/src/cuda/plan.rs). A warp has 16 lanes: queries, scores, weights and sums stay in its registers. Keys and values
+// come by copies that run on their own: f16 two blocks of slots ahead; others one more, since they are unpacked beside the multiplication
+// of the block before. What a lane gets depends on its own entries and their slots modulo 32 alone.
+#include "lanes.cuh"
 
 #define THREADS 256
 #define LANES 128
 #define BLOCK 32 // slots
-#define STAGES 3
-#define WEIGHT 16384.0f // weights, at most 2, are multiplied by this: their low parts are no subnormals where they count
-
-// Rows of KEYS dimensions and VALUES columns at most; bytes that rows of a stage are apart: eight rows lie in different banks.
-template <int KEYS, int VALUES>
-struct Shape {
-    static const int K_ROW = 2 * KEYS + 16, V_ROW = 2 * VALUES + 16, STAGE = BLOCK * (K_ROW + V_ROW);
-};
 
 // Where a block's walk stands: segment g, its slots from `from` on.
 struct Walk {
@@ -37,209 +24,126 @@ struct Walk {
     }
 };
 
-template <int KEYS, int VALUES>
+template <int DIMS, bool PACKED>
 __device__ __forceinline__ void attend_tile(
-    const float* q, const float* q_sink, u32 q_stride, const u8* k, u64 k_row, const u8* v, u64 v_row, u32 head, u32 heads, u32 key_dim,
-    u32 value_dim, float scale, const Tile* tiles, const Segment* segments, const uint2* ranges, float* out, u32 out_stride) {
-    typedef Shape<KEYS, VALUES> S;
-    const int STEPS = KEYS / 16, PIECES = KEYS / 8, V_PIECES = VALUES / 8;
+    const float* q, const float* q_sink, u32 q_stride, const Columns& k, const Columns& v, u32 head, u32 heads, float scale,
+    const Tile* tiles, const Segment* segments, const uint2* ranges, float* out, u32 out_stride) {
+    typedef Row<DIMS> R;
+    const u32 STAGE = BLOCK * R::BYTES, STAGES = PACKED ? 2 : 3; // of rows in f16; packed ones have two more
     extern __shared__ __align__(128) u8 memory[];
-    const u32 t = threadIdx.x, lane = t % WARP, pair = 2 * (lane % 4);
+    const u32 t = threadIdx.x, pair = 2 * (t % 4);
     // Later tiles see more: the longest first.
-    const Tile tile = tiles[gridDim.x - 1 - blockIdx.x];
+    const Tile& tile = tiles[gridDim.x - 1 - blockIdx.x];
     segments += tile.first;
-    // Of fragments a thread has two lanes.
-    const u32 first_of = t / WARP * 16 + lane / 4;
-    auto row = [&](int i) { return (first_of + 8 * i) / heads; };
-    auto live = [&](int i) { return first_of + 8 * i < tile.rows * heads; };
-    auto its_head = [&](int i) { return head + (first_of + 8 * i) % heads; };
+    // A thread's lanes, and where what they see of the first segment stands. Lanes that are not there see all, which is least work.
+    const auto lane = [&](int i) { return t / WARP * 16 + t % WARP / 4 + 8 * i; };
+    const auto live = [&](int i) { return lane(i) < tile.rows * heads; };
+    u32 ranges_at[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) ranges_at[i] = live(i) ? tile.ranges + lane(i) / heads : 0xffffffff;
 
-    Walk ahead = {segments, 0, tile.count, 0};
+    const Mover<DIMS, PACKED> mover(k, v);
+    const u32 start = shared_address(memory), of = t / 8; // a thread's row of a block of slots
+    const u32 packed = start + STAGES * STAGE, raw = BLOCK * mover.pitch; // where packed stages begin, and their bytes
+    Walk ahead = {segments, 0, tile.count};
     ahead.begin();
-    u32 to = shared_address(memory);
-    const u32 start = to;
-    auto copy = [&]() {
-        if (ahead.there()) {
-            const u32 first = segments[ahead.g].start, end = segments[ahead.g].end;
-            auto rows = [&](u32 at, u32 apart, u32 pieces, u32 width, const u8* from, u64 from_row) {
-#pragma unroll 1
-                for (u32 i = t; i < BLOCK * pieces; i += THREADS) {
-                    const u32 r = i / pieces, c = i % pieces, slot = ahead.from + r;
-                    copy_or_zero<16, true>(at + r * apart + 16 * c, from + from_row * slot + 16 * c, slot >= first && slot < end && 8 * c < width);
-                }
-            };
-            rows(to, S::K_ROW, PIECES, key_dim, k, k_row);
-            rows(to + BLOCK * S::K_ROW, S::V_ROW, V_PIECES, value_dim, v, v_row);
+    // Copies the next block of slots, if there is one. Slots outside of its segment are never seen: others take their place.
+    auto copy = [&](u32 to) {
+        const bool there = ahead.there();
+        if (there) {
+            const Segment& here = segments[ahead.g];
+            mover.copy(min(max(ahead.from + of, here.start), here.end - 1), to + of * mover.pitch);
             ahead.next();
         }
         stage_begun();
-        to = to == start + (STAGES - 1) * S::STAGE ? start : to + S::STAGE;
+        return there;
     };
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) copy();
+    auto unpack = [&](u32 from, u32 to) { mover.template unpack<1, 1>(from + of * mover.pitch, to + of * R::BYTES, 0); };
+    copy(PACKED ? packed : start);
+    if (PACKED) {
+        stages_done<0>();
+        __syncthreads();
+    }
+    bool more = copy(PACKED ? packed + raw : start + STAGE);
+    if (PACKED) unpack(packed, start);
 
-    u32 hi[STEPS][4], lo[STEPS][4];
-    float max[2] = {-CUT, -CUT}, sum[2] = {0.0f, 0.0f}, undo[2], acc[V_PIECES][4] = {};
+    Lanes<DIMS, 1> lanes;
+    lanes.begin();
     u32 kind = 2; // of the queries in registers: 1 those for sinks
     u32 here = start;
-    Walk walk = {segments, 0, tile.count, 0};
+    Walk walk = {segments, 0, tile.count};
     for (walk.begin(); walk.there(); walk.next()) {
-        stages_done<STAGES - 2>();
+        stages_done<PACKED ? 0 : 1>();
         __syncthreads();
-        copy();
-        const Segment segment = segments[walk.g];
+        // Block i lies here; i + 2 comes to where i - 1 was, or, packed, to where i was unpacked from, as i + 1 now is.
+        const bool next = more, odd = here != start;
+        more = copy(PACKED ? packed + (odd ? raw : 0) : odd ? here - STAGE : start + 2 * STAGE);
+        if (PACKED && next) unpack(packed + (odd ? 0 : raw), odd ? start : start + STAGE);
         uint2 mine[2];
-        bool some = false;
+        bool some = false, all = true;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            mine[i] = live(i) ? ranges[tile.ranges + (u64)walk.g * tile.rows + row(i)] : make_uint2(0, 0);
-            some |= mine[i].x < walk.from + BLOCK && mine[i].y > walk.from;
+            mine[i] = ranges_at[i] + 1 ? ranges[ranges_at[i] + walk.g * tile.rows] : make_uint2(0, 0xffffffff);
+            some |= ranges_at[i] + 1 && mine[i].x < walk.from + BLOCK && mine[i].y > walk.from;
+            all &= mine[i].x <= walk.from && mine[i].y >= walk.from + BLOCK;
         }
-        const u32 keys = here, values = here + BLOCK * S::K_ROW;
-        here = here == start + (STAGES - 1) * S::STAGE ? start : here + S::STAGE;
+        const u32 block = here;
+        here = here == start + (STAGES - 1) * STAGE ? start : here + STAGE;
         if (!__any_sync(ALL, some)) continue;
 
-        const u32 wanted = q_sink && segment.sink ? 1 : 0;
+        const u32 wanted = q_sink && segments[walk.g].sink ? 1 : 0;
         if (kind != wanted) {
             kind = wanted;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float* from = (wanted ? q_sink : q) + (u64)(tile.row + row(i)) * q_stride + its_head(i) * key_dim;
-                auto at = [&](u32 d) { return live(i) && d < key_dim ? from[d] * scale : 0.0f; };
-                float most = 0.0f;
-#pragma unroll 4
-                for (int d = 0; d < KEYS; d += 4) most = fmaxf(most, fabsf(at(d + lane % 4)));
-                most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
-                const float by = scale_for(most);
-                undo[i] = 1.0f / by;
-#pragma unroll
-                for (int s = 0; s < STEPS; s++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const u32 d = 16 * s + 8 * h + pair;
-                        split(at(d) * by, at(d + 1) * by, hi[s][2 * h + i], lo[s][2 * h + i]);
-                    }
-            }
+            lanes.ask(k.dim, [&](int i, float& by) {
+                const u32 its = live(i) ? lane(i) : 0;
+                by = live(i) ? scale : 0.0f;
+                return (wanted ? q_sink : q) + (u64)(tile.row + its / heads) * q_stride + (head + its % heads) * k.dim;
+            });
         }
-
-        // Scores: tile n has entries 8 n .. 8 n + 8.
-        float w[4][4];
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-            const u32 at = keys + (8 * n + lane / 16 * 8 + lane % 8) * S::K_ROW + lane / 8 % 2 * 16;
-            float total[2][4] = {};
-#pragma unroll
-            for (int s = 0; s < STEPS; s += 2) {
-                float some[2][4] = {};
-                u32 f[2][4];
-#pragma unroll
-                for (int i = 0; i < 2 && s + i < STEPS; i++) load_matrices(f[i], at + 32 * (s + i));
-#pragma unroll
-                for (int high = 0; high < 2; high++)
-#pragma unroll
-                    for (int i = 0; i < 2 && s + i < STEPS; i++)
-#pragma unroll
-                        for (int h = 0; h < 2; h++)
-                            mma_f16(some[h], high ? hi[s + i] : lo[s + i], f[i][2 * h], f[i][2 * h + 1]);
-#pragma unroll
-                for (int e = 0; e < 8; e++) total[e / 4][e % 4] += some[e / 4][e % 4];
-            }
-#pragma unroll
-            for (int e = 0; e < 8; e++) w[n + e / 4][e % 4] = total[e / 4][e % 4] * undo[e % 4 / 2];
-        }
-
-        // Weights.
-        float shift[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float top = UNSEEN;
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const u32 slot = walk.from + 8 * n + pair + e;
-                    float& x = w[n][2 * i + e];
-                    x = slot >= mine[i].x && slot < mine[i].y ? fminf(fmaxf(x, -CUT), CUT) : UNSEEN;
-                    top = fmaxf(top, x);
-                }
-            top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
-            const float next = top > max[i] + 1.0f ? nearest(top) : max[i];
-            shift[i] = max[i] - next;
-            max[i] = next;
-            float more[4];
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float whole;
-                    const float p = exp2_parts(w[n][2 * i + e], whole);
-                    w[n][2 * i + e] = scale2(p, whole - next);
-                }
-                more[n] = w[n][2 * i] + w[n][2 * i + 1];
-            }
-            sum[i] = scale2(sum[i], shift[i]) + ((more[0] + more[1]) + (more[2] + more[3]));
-        }
-        if (__any_sync(ALL, shift[0] != 0.0f || shift[1] != 0.0f)) {
-#pragma unroll
-            for (int n = 0; n < V_PIECES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) acc[n][e] = scale2(acc[n][e], shift[e / 2]);
-        }
-        u32 high[2][4], low[2][4];
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                split(w[n][2 * i] * WEIGHT, w[n][2 * i + 1] * WEIGHT, high[n / 2][n % 2 * 2 + i], low[n / 2][n % 2 * 2 + i]);
-
-        // Their sums: tile n has columns 8 n .. 8 n + 8.
-        const u32 at = values + lane % 16 * S::V_ROW + lane / 16 * 16;
-#pragma unroll
-        for (int n = 0; n < V_PIECES; n += 2) {
-            u32 f[2][4];
-            float some[2][4] = {};
-#pragma unroll
-            for (int s = 0; s < 2; s++) load_turned(f[s], at + 16 * s * S::V_ROW + 16 * n);
-#pragma unroll
-            for (int part = 0; part < 2; part++)
-#pragma unroll
-                for (int s = 0; s < 2; s++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++) mma_f16(some[h], part ? high[s] : low[s], f[s][2 * h], f[s][2 * h + 1]);
-#pragma unroll
-            for (int e = 0; e < 8; e++) acc[n + e / 4][e % 4] += some[e / 4][e % 4];
-        }
+        // Scores of 32 slots beside 256 columns would be more than there are registers.
+        const int N = DIMS > 128 ? BLOCK / 2 : BLOCK;
+        all = __all_sync(ALL, all);
+#pragma unroll 1
+        for (u32 at = 0; at < BLOCK; at += N)
+            lanes.template step<N>(block + at * R::BYTES, all, [&](int i, u32 entry) {
+                const u32 slot = walk.from + at + entry;
+                return slot >= mine[i].x && slot < mine[i].y;
+            });
     }
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        sum[i] += __shfl_xor_sync(ALL, sum[i], 1);
-        sum[i] += __shfl_xor_sync(ALL, sum[i], 2);
         if (!live(i)) continue;
-        const float inv = 1.0f / sum[i] * (1.0f / WEIGHT);
-        float* o = out + (u64)(tile.row + row(i)) * out_stride + its_head(i) * value_dim;
+        const float inv = 1.0f / lanes.sum(i);
+        float* o = out + (u64)(tile.row + lane(i) / heads) * out_stride + (head + lane(i) % heads) * v.dim;
 #pragma unroll
-        for (int n = 0; n < V_PIECES; n++)
+        for (int n = 0; n < DIMS / 8; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (8 * n + pair + e < value_dim) o[8 * n + pair + e] = acc[n][2 * i + e] * inv;
+                if (8 * n + pair + e < v.dim) o[8 * n + pair + e] = lanes.weighed(i, n, e) * inv;
     }
 }
 
-// As in prompt.cu, with at most 128 lanes a tile; key_dim and value_dim multiples of 8, at most KEYS and VALUES. The grid: (tiles,
-// kv_heads * ceil(group / per)), 256 threads; shared memory: three stages of 32 rows of 2 KEYS + 16 and 2 VALUES + 16 bytes.
-#define PROMPT(KEYS, VALUES)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) prompt_##KEYS(                                                        \
+// As in prompt.cu, with at most 128 lanes a tile; the types of both caches (0: f16, 1: q8_0, 2: q4_0), which are f16 but for PACKED; key_dim
+// and value_dim at most DIMS and multiples of 8, of 32 for others than f16. The grid: (tiles, kv_heads * ceil(group / per)), 256 threads;
+// shared memory: launch/attention.rs.
+#define PROMPT(NAME, DIMS, PACKED)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                                                 \
         const float* q, const float* q_sink, u32 q_stride, const u8* k, u64 k_row, const u8* v, u64 v_row, u32 kv_heads, u32 group, \
         u32 per, u32 key_dim, u32 value_dim, float scale, const Tile* tiles, const Segment* segments, const uint2* ranges, float* out, \
-        u32 out_stride) {                                                                                                         \
+        u32 out_stride, u32 k_type, u32 v_type) {                                                                                  \
         const u32 pieces = (group + per - 1) / per, g = blockIdx.y / pieces, h = blockIdx.y % pieces * per;                        \
-        attend_tile<KEYS, VALUES>(                                                                                                \
-            q, q_sink, q_stride, k + 2 * g * key_dim, k_row, v + 2 * g * value_dim, v_row, g * group + h,                          \
-            group - h < per ? group - h : per, key_dim, value_dim, scale * 1.44269504f, tiles, segments, ranges, out, out_stride);  \
+        const Columns keys = {k, (u32)k_row, PACKED ? k_type : IS_F16, kv_heads * key_dim, g * key_dim, key_dim};                  \
+        const Columns values = {v, (u32)v_row, PACKED ? v_type : IS_F16, kv_heads * value_dim, g * value_dim, value_dim};          \
+        attend_tile<DIMS, PACKED>(                                                                                                 \
+            q, q_sink, q_stride, keys, values, g * group + h, group - h < per ? group - h : per, scale * 1.44269504f, tiles,       \
+            segments, ranges, out, out_stride);                                                                                    \
     }
-PROMPT(64, 64)
-PROMPT(96, 96)
-PROMPT(128, 128)
+PROMPT(prompt_64, 64, false)
+PROMPT(prompt_96, 96, false)
+PROMPT(prompt_128, 128, false)
+PROMPT(prompt_256, 256, false)
+PROMPT(packed_64, 64, true)
+PROMPT(packed_96, 96, true)
+PROMPT(packed_128, 128, true)
+PROMPT(packed_256, 256, true)
