@@ -1,13 +1,12 @@
 //! Attention of single queries on tensor cores: grouped heads over f16, q8_0 and q4_0 caches. Up to eight heads that share keys are held to the
 //! formula, more to what f16 makes of their queries and weights; all to what caches hold as f16.
 
-use crate::attention::{SPLIT, Shape, cache, close, exact, fill, lists, span, visible};
+use crate::attention::{SPLIT, Shape, attend_params, cache, close, exact, fill, lists, span, visible};
 use crate::prompt_half::{TYPES, in_half, near, number, rounded, row_bytes};
-use crate::{Gpu, n, p};
+use crate::{Gpu, n};
 use kernels::Visible;
 use kernels::cuda::modules::text_for;
 use kernels::testing::{Rng, assert_bits};
-use ptx::Param;
 use quant::DType;
 
 /// What the device makes of random queries, in multiples of `loud`, over random caches; and what it should be.
@@ -32,27 +31,8 @@ fn run(
     let l = lists(&mut g, v);
     let splits = l.2.div_ceil(SPLIT);
     let parts = g.room(rows * heads * splits * (value + 2));
-    let params = [
-        p(dq),
-        p(dq2),
-        n(heads * key),
-        p(keys.at),
-        p(keys.row as u64),
-        p(values.at),
-        p(values.row as u64),
-        n(kv_heads),
-        n(group),
-        n(key),
-        n(value),
-        Param::F32(scale),
-        p(l.0),
-        p(l.1),
-        n(SPLIT),
-        n(0),
-        p(parts),
-        n(number(types[0])),
-        n(number(types[1])),
-    ];
+    let mut params = attend_params(s, [dq, dq2], [&keys, &values], scale, l, parts);
+    params.extend(types.map(|t| n(number(t))));
     let dims = *[64, 128, 256].iter().find(|d| **d >= key.max(value)).unwrap();
     let (half, packed) = row_bytes(types, dims);
     let many = group > 8 && dims <= 128;

@@ -192,6 +192,37 @@ pub(crate) fn exact(
     out
 }
 
+/// What kernels of decoding are told.
+pub(crate) fn attend_params(
+    s: Shape,
+    q: [u64; 2],
+    [keys, values]: [&Cache; 2],
+    scale: f32,
+    l: (u64, u64, usize),
+    parts: u64,
+) -> Vec<Param> {
+    let Shape { heads, kv_heads, key, value } = s;
+    vec![
+        p(q[0]),
+        p(q[1]),
+        n(heads * key),
+        p(keys.at),
+        p(keys.row as u64),
+        p(values.at),
+        p(values.row as u64),
+        n(kv_heads),
+        n(heads / kv_heads),
+        n(key),
+        n(value),
+        Param::F32(scale),
+        p(l.0),
+        p(l.1),
+        n(SPLIT),
+        n(0),
+        p(parts),
+    ]
+}
+
 /// Random queries over a cache of `dtype`; returns what the device made of them, and what it should be.
 fn grouped(dtype: DType, s: Shape, v: &Visible, slots: usize, seed: u64) -> (Vec<f32>, Vec<f64>) {
     let mut rng = Rng(seed);
@@ -206,25 +237,7 @@ fn grouped(dtype: DType, s: Shape, v: &Visible, slots: usize, seed: u64) -> (Vec
     let (splits, group) = (l.2.div_ceil(SPLIT), heads / kv_heads);
     let scale = 4.0 / (key as f32).sqrt();
     let parts = g.room(rows * heads * splits * (value + 2));
-    let params = [
-        p(dq),
-        p(dq2),
-        n(heads * key),
-        p(keys.at),
-        p(keys.row as u64),
-        p(values.at),
-        p(values.row as u64),
-        n(kv_heads),
-        n(group),
-        n(key),
-        n(value),
-        Param::F32(scale),
-        p(l.0),
-        p(l.1),
-        n(SPLIT),
-        n(0),
-        p(parts),
-    ];
+    let params = attend_params(s, [dq, dq2], [&keys, &values], scale, l, parts);
     g.run_shared("attend", [splits, kv_heads * group.div_ceil(8), rows], 128, 16 * (key + 1), &params);
     let got = merge(&mut g, parts, l, heads, rows, value);
     let want = exact(v, s, [&q, &q2], [&keys, &values], scale);
